@@ -1,0 +1,126 @@
+"""Perplexity on text of any length, with a sliding window that predicts every token once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from depthprune import sources
+from depthprune.data import Data, check_vocabulary, digest
+from depthprune.errors import DataError, OptionError
+from depthprune.model import Model
+from depthprune.oracle import Show
+from depthprune.record import inputs, slices
+from depthprune.rows import opening
+
+LOGITS = 1 << 28  # numbers: logits of one forward at the most
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How well a model predicts a text: ``loss`` in nats per token, ``perplexity = exp(loss)``, over ``tokens``."""
+
+    loss: float
+    tokens: int
+    windows: int
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(loss)``."""
+        return math.exp(min(self.loss, 700.0))
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """A text cut in overlapping windows: tokens and mask (N, T), and which tokens each window is to predict."""
+
+    data: Data
+    scored: Tensor  # (N, T) bool
+    stride: int
+
+
+def windows(
+    text: str | Sequence[str],
+    tokenizer: Any,
+    *,
+    window: int = 512,
+    stride: int | None = None,
+    field: str = "text",
+    limit: int | None = None,
+) -> Windows:
+    """Cut the text of files (or a list of documents) in windows that step by ``stride`` (default: the window).
+
+    Every window starts with BOS where the tokenizer wants it; each token is predicted exactly once, in the first window
+    that holds it, so all but the first window give at least ``window - stride`` tokens of context. The last window may be
+    shorter and is padded. ``limit`` keeps the first windows only.
+    Raises ``DataError`` for text of fewer than two tokens, ``OptionError`` for a stride outside 1..window.
+    """
+    front = list(opening(tokenizer))
+    room = window - len(front)
+    stride = room if stride is None or stride == window else stride
+    if room < 2 or not 1 <= stride <= room:
+        raise OptionError(f"a window of {window} tokens takes a stride from 1 to {room}, not {stride}")
+    name, documents = _documents(text, field)
+    ids = [token for document in documents for token in tokenizer(document, add_special_tokens=False)["input_ids"]]
+    if len(ids) < 2:
+        raise DataError(f"{name}: nothing to predict in {len(ids)} tokens; evaluation text needs at least 2")
+    rows, scored, done = [], [], 0
+    for start in range(0, len(ids), stride):
+        stop = min(start + room, len(ids))
+        if stop <= done:
+            break
+        row = front + ids[start:stop]
+        fresh = [len(front) + start + offset >= len(front) + done for offset in range(stop - start)]
+        rows.append(row)
+        scored.append([False] * len(front) + fresh)
+        done = stop
+        if limit is not None and len(rows) == limit:
+            break
+    length = max(len(row) for row in rows)
+    tokens = torch.zeros((len(rows), length), dtype=torch.long)
+    mask, wanted = torch.zeros(tokens.shape, dtype=torch.bool), torch.zeros(tokens.shape, dtype=torch.bool)
+    for number, (row, flags) in enumerate(zip(rows, scored, strict=True)):
+        tokens[number, : len(row)] = torch.tensor(row)
+        mask[number, : len(row)] = True
+        wanted[number, : len(row)] = torch.tensor(flags)
+    wanted[:, 0] = False  # nothing comes before it
+    return Windows(Data(tokens, mask, name, digest(tokens, mask), 0, ()), wanted, stride)
+
+
+def _documents(text: str | Sequence[str], field: str) -> tuple[str, list[str]]:
+    if not isinstance(text, str):
+        return "texts", list(text)
+    parts = sources.parse(text)
+    documents = ["".join(document) for part in parts for document in sources.documents(part.path, field=field)]
+    return ",".join(Path(part.path).name for part in parts), documents
+
+
+@torch.no_grad()
+def perplexity(model: Model, text: Windows, *, show: Show | None = None) -> Perplexity:
+    """The perplexity of a model on windows of text: ``exp(-1/n sum log p(x_t | window before it))``.
+
+    Raises ``DataError`` where the tokens are not this model's, or where a window is longer than its positions.
+    """
+    tokens, mask, scored = text.data.tokens, text.data.mask, text.scored
+    vocabulary = model.net.get_input_embeddings().weight.shape[0]
+    check_vocabulary(text.data, vocabulary)
+    positions = getattr(model.net.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < tokens.shape[1]:
+        raise DataError(f"windows of {tokens.shape[1]} tokens are longer than the model's {positions} positions; pass --window {positions}")
+    rows = max(1, min(LOGITS // (vocabulary * tokens.shape[1]), 8192 // tokens.shape[1]))
+    total = 0.0
+    for some in slices(len(tokens), rows):
+        ids, real = tokens[some].to(model.device), mask[some].to(model.device)
+        logits = model.net(**inputs(ids, real), use_cache=False).logits[:, :-1].float()
+        nll = logits.logsumexp(-1) - logits.gather(-1, ids[:, 1:, None]).squeeze(-1)
+        total += nll.double()[scored[some, 1:].to(model.device)].sum().item()
+        if show is not None:
+            show("perplexity", float(some.stop), float(len(tokens)))
+    count = int(scored.sum())
+    return Perplexity(total / count, count, len(tokens))

@@ -1,0 +1,8 @@
+"""Writing pruned models, and proving that what was written loads and runs."""
+
+from __future__ import annotations
+
+from depthprune.export.check import Proof, check
+from depthprune.export.write import export
+
+__all__ = ["Proof", "check", "export"]

@@ -1,0 +1,178 @@
+"""Does a folder load, run, and mean what its plan says? Proven in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from depthprune.errors import CheckpointError, DepthpruneError
+from depthprune.export import prove
+from depthprune.files import read_json
+from depthprune.model import Model
+from depthprune.plan import Plan
+from depthprune.surgery import without
+
+TOLERANCE = 1e-4  # of the largest logit, in float32
+COARSE = 2e-2  # of the largest logit, in half precision
+SHAPE = (2, 24)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """One thing that was checked, whether it held, and what was seen."""
+
+    name: str
+    passed: bool
+    detail: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The proof as plain values for ``check.json``."""
+        return vars(self).copy()
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What a folder has to reproduce: logits on a probe, and how exact the intact model's own cached decoding is."""
+
+    tokens: Tensor
+    logits: Tensor | None
+    generation_gap: float
+    parameters: int | None
+
+
+@torch.no_grad()
+def expect(dense: Model, plan: Plan) -> Expected:
+    """Measure the reference on the dense model with the plan's units muted."""
+    tokens = probe(dense)
+    with without(dense, plan.drop):
+        logits = dense.net(tokens, use_cache=False).logits.float().cpu()
+    own = prove.generation_gap(dense.net, tokens)
+    return Expected(tokens.cpu(), logits, own or 0.0, dense.parameters - dense.layout.freed(plan.drop))
+
+
+def probe(model: Model) -> Tensor:
+    """Random tokens to compare logits on."""
+    vocabulary = model.net.get_input_embeddings().weight.shape[0]
+    positions = getattr(model.net.config.get_text_config(decoder=True), "max_position_embeddings", None) or SHAPE[1]
+    shape = (SHAPE[0], min(SHAPE[1], int(positions) // 2))
+    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(3)).to(model.device)
+
+
+def check(
+    path: str | Path, against: Model | None = None, *, expected: Expected | None = None, device: str = "cpu"
+) -> list[Proof]:
+    """Prove a folder: names and shapes, logits against the dense model with the plan applied, cached generation.
+
+    Plain folders are loaded by stock transformers without depthprune; uneven ones with ``trust_remote_code``, and again
+    after ``import depthprune``. Without a dense model the logits are not compared.
+    Raises ``CheckpointError`` where the folder is no model.
+    """
+    path = Path(path)
+    if against is not None:
+        expected = expect(against, Plan.load(path / "plan.json"))
+        device = str(against.device)
+    return check_many({path: expected}, device=device)[path]
+
+
+def check_many(folders: Mapping[Path, Expected | None], *, device: str = "cpu") -> dict[Path, list[Proof]]:
+    """Prove several folders in one fresh process."""
+    with tempfile.TemporaryDirectory(prefix="depthprune-") as scratch:
+        request: list[dict[str, Any]] = []
+        for number, (path, expected) in enumerate(folders.items()):
+            config = _config(path)
+            tensors = {"tokens": _tokens(config)} if expected is None else {"tokens": expected.tokens}
+            if expected is not None and expected.logits is not None:
+                tensors["logits"] = expected.logits
+            file = Path(scratch) / f"{number}.safetensors"
+            save_file(tensors, file)
+            for route in routes(config):
+                item = {"path": str(path), "auto": _auto(config), "route": route, "probe": str(file)}
+                request.append(item | {"device": device, "dtype": "float32" if device == "cpu" else _dtype(config)})
+        # what teaches transformers about skips must come last: it cannot be unlearned
+        request.sort(key=lambda item: item["route"] == "aware")
+        results = _examine(request, Path(scratch))
+    proofs: dict[Path, list[Proof]] = {path: [] for path in folders}
+    for item, result in zip(request, results, strict=True):
+        path = Path(item["path"])
+        proofs[path] += _judge(item, result, folders[path])
+    return proofs
+
+
+def routes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """How a folder is meant to be loaded: plainly, or (uneven ones) as remote code and with depthprune imported."""
+    text = config.get("text_config", config)
+    return ("remote", "aware") if text.get("depthprune") or config.get("depthprune") else ("plain",)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} is no model: it has no config.json")
+    config: dict[str, Any] = read_json(path / "config.json")
+    return config
+
+
+def _auto(config: Mapping[str, Any]) -> str:
+    architecture = (config.get("architectures") or [""])[0]
+    if config.get("is_encoder_decoder"):
+        return "AutoModelForSeq2SeqLM"
+    return "AutoModelForMaskedLM" if architecture.endswith("ForMaskedLM") else "AutoModelForCausalLM"
+
+
+def _dtype(config: Mapping[str, Any]) -> str:
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+
+def _tokens(config: Mapping[str, Any]) -> Tensor:
+    vocabulary = int(config.get("text_config", config).get("vocab_size", 100))
+    return torch.randint(vocabulary, SHAPE, generator=torch.Generator().manual_seed(3))
+
+
+def _examine(request: Sequence[Mapping[str, Any]], scratch: Path) -> list[dict[str, Any]]:
+    file = scratch / "request.json"
+    file.write_text(json.dumps(request), encoding="utf-8")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")}
+    root = str(Path(prove.__file__).parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-P", str(prove.__file__), str(file)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if len(lines) != len(request):
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise DepthpruneError(f"the fresh process that reloads the model died (exit {done.returncode}): {last[:300]}")
+    return lines
+
+
+_HOW = {"plain": "plain transformers", "remote": "trust_remote_code", "aware": "import depthprune"}
+
+
+def _judge(item: Mapping[str, Any], result: Mapping[str, Any], expected: Expected | None) -> list[Proof]:
+    how = _HOW[item["route"]]
+    if "error" in result:
+        return [Proof(f"loads with {how}", False, str(result["error"]))]
+    wrong = {key: result[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if result[key]}
+    detail = "; ".join(f"{len(names)} {key.replace('_', ' ')}, such as {names[0]}" for key, names in wrong.items())
+    proofs = [Proof(f"loads with {how}", not wrong, detail or "no missing, unexpected or mismatched keys")]
+    rate = TOLERANCE if item["dtype"] == "float32" else COARSE
+    allowed = rate * max(result["scale"], 1.0)
+    if expected is not None and expected.parameters is not None:
+        same = result["parameters"] == expected.parameters
+        proofs.append(Proof(f"parameters ({how})", same, f"{result['parameters']:,} of {expected.parameters:,} planned"))
+    if "gap" in result:
+        passed = result["gap"] <= allowed
+        proofs.append(Proof(f"logits ({how})", passed, f"largest gap to the dense model without those units {result['gap']:.2g}"))
+    own = expected.generation_gap if expected is not None else 0.0
+    if result["generation_gap"] is not None:
+        passed = result["generation_gap"] <= max(allowed, 3 * own)
+        proofs.append(Proof(f"cached generation ({how})", passed, f"largest gap to a full forward {result['generation_gap']:.2g}"))
+    return proofs

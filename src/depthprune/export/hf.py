@@ -1,0 +1,119 @@
+"""Writing a pruned model as a Hugging Face folder.
+
+Whole-block plans become a plain checkpoint of the same architecture. Uneven plans (some attention or MLP gone) become a
+folder with ``per_layer_config`` skips in its configuration and a small modelling file, so that
+``from_pretrained(..., trust_remote_code=True)`` builds it anywhere, and ``import depthprune`` does without.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+
+from depthprune import skip
+from depthprune.errors import ExportError
+from depthprune.files import new_folder
+from depthprune.model import Model
+
+MODELLING = "modeling_depthprune"
+_AUTO = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM")
+
+
+def uneven(model: Model) -> bool:
+    """Whether a model misses sublayers, so that its blocks are not all alike."""
+    return bool(getattr(model.net.config.get_text_config(decoder=True), "depthprune", None))
+
+
+def write(model: Model, path: str | Path) -> Path:
+    """Write a model as a folder that ``from_pretrained`` loads, in the checkpoint's own dtype.
+
+    Dropped weights are really gone. The folder appears whole or not at all.
+    Raises ``ExportError`` where the disk has no room or transformers cannot save the model.
+    """
+    path = Path(path)
+    _room(model, path)
+    net, config = model.net, model.net.config
+    before = {name: vars(config).get(name) for name in ("dtype", "auto_map", "architectures")}
+    try:
+        with new_folder(path) as folder:
+            config.dtype = model.dtype
+            if uneven(model):
+                config.auto_map = _modelling(net, folder)
+            with _quiet():
+                net.save_pretrained(folder, state_dict=_state(net, model.dtype))
+            if model.tokenizer is not None:
+                model.tokenizer.save_pretrained(folder)
+            if model.plan is not None:
+                model.plan.save(folder / "plan.json")
+    except SafetensorError as error:
+        raise ExportError(f"cannot write the weights to {path}: {error}") from None
+    finally:
+        for name, value in before.items():
+            if value is None:
+                vars(config).pop(name, None)
+            else:
+                vars(config)[name] = value
+    return path
+
+
+def _room(model: Model, path: Path) -> None:
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < model.bytes * 1.02 + (1 << 20):
+        raise ExportError(f"no room for {path}: it takes {model.bytes:,} bytes and {free:,} are free")
+
+
+def _state(net: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state dict in another floating-point type, with tied weights still tied."""
+    cast: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+    state = {}
+    for name, tensor in net.state_dict().items():
+        if tensor.is_floating_point() and tensor.dtype != dtype:
+            key = (tensor.data_ptr(), tuple(tensor.shape))
+            if tensor.numel() == 0 or key not in cast:
+                cast[key] = tensor.to(dtype)
+            state[name] = cast[key]
+        else:
+            state[name] = tensor
+    return state
+
+
+def _modelling(net: Any, folder: Path) -> dict[str, str]:
+    """Write the modelling file of an uneven model, and say which of its classes is for which Auto class."""
+    auto = next(name for name in _AUTO if type(net) in getattr(transformers, name)._model_mapping.values())
+    classes = {auto: type(net), "AutoModel": type(net.base_model)}
+    lines = [inspect.getsource(skip).rstrip(), ""]
+    for kind in dict.fromkeys(classes.values()):
+        lines += [
+            "",
+            f"from {kind.__module__} import {kind.__name__}  # noqa: E402",
+            "",
+            "",
+            f"class Pruned{kind.__name__}({kind.__name__}):",
+            '    """The stock architecture without the sublayers that its configuration skips."""',
+            "",
+            "    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:",
+            "        super().__init__(config, *args, **kwargs)",
+            "        skip_sublayers(self)",
+        ]
+    (folder / f"{MODELLING}.py").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {name: f"{MODELLING}.Pruned{kind.__name__}" for name, kind in classes.items()}
+
+
+class _quiet:
+    """No progress bars from transformers for a moment."""
+
+    def __enter__(self) -> None:
+        transformers.utils.logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        transformers.utils.logging.enable_progress_bar()

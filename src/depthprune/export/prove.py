@@ -1,0 +1,90 @@
+"""The proof that a folder loads and runs, made in a fresh process. Run as a script; imports nothing of depthprune.
+
+Reads a request (JSON) from its first argument and prints one JSON line per folder. Each item of the request:
+
+    {"path": …, "auto": "AutoModelForCausalLM", "route": "plain" | "remote" | "aware", "device": …, "dtype": …, "probe": …}
+
+``plain`` loads with stock transformers alone, ``remote`` with ``trust_remote_code=True``, ``aware`` after
+``import depthprune``. ``probe`` is a safetensors file with ``tokens`` (B, T) and, if there is a reference, its ``logits``.
+"""
+
+import contextlib
+import importlib
+import json
+import sys
+import warnings
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+
+NEW = 12  # generated tokens
+
+
+@torch.no_grad()
+def generation_gap(net: Any, tokens: torch.Tensor) -> float | None:
+    """How far the logits of cached greedy generation are from those of a full forward over the same tokens.
+
+    None for models that do not generate. Source of the check: positions are silently wrong when the cache counts them
+    by a layer that never writes.
+    """
+    if not net.can_generate():
+        return None
+    prompt = tokens[:, : tokens.shape[1] // 2]
+    out = net.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        do_sample=False,
+        use_cache=True,
+        return_dict_in_generate=True,
+        output_logits=True,
+        pad_token_id=0,
+    )
+    cached = torch.stack(out.logits, 1)
+    full = net(out.sequences, use_cache=False).logits[:, prompt.shape[1] - 1 : -1]
+    return (cached.float() - full.float()).abs().max().item()
+
+
+@torch.no_grad()
+def examine(item: dict[str, Any]) -> dict[str, Any]:
+    """Load one folder as its route says and measure it."""
+    if item["route"] == "aware":
+        importlib.import_module("depthprune")
+    options = {"trust_remote_code": True} if item["route"] == "remote" else {}
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net, info = getattr(transformers, item["auto"]).from_pretrained(
+            item["path"], dtype=getattr(torch, item["dtype"]), output_loading_info=True, **options
+        )
+    net = net.eval().to(item["device"])
+    probe = load_file(item["probe"])
+    tokens = probe["tokens"].to(item["device"])
+    logits = net(tokens, use_cache=False).logits
+    result: dict[str, Any] = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    result["parameters"] = sum(parameter.numel() for parameter in net.parameters())
+    result["scale"] = logits.float().abs().max().item()
+    if "logits" in probe:
+        result["gap"] = (logits.float().cpu() - probe["logits"].float()).abs().max().item()
+    result["generation_gap"] = generation_gap(net, tokens)
+    return result
+
+
+def main() -> None:
+    """Examine every folder of the request; a folder that cannot be loaded is an answer too."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with open(sys.argv[1], encoding="utf-8") as file:
+        request = json.load(file)
+    for item in request:
+        try:
+            result = examine(item)
+        except Exception as error:  # whatever the loader says is the finding
+            result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

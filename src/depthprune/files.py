@@ -1,0 +1,71 @@
+"""Files that appear whole or not at all. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from depthprune.errors import DepthpruneError
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a small file beside its place and rename it in. Raises ``DepthpruneError`` where that fails."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise DepthpruneError(f"cannot write {path}: {why(error)}") from None
+    finally:
+        if part.is_file():
+            part.unlink()
+    return path
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write a value as indented JSON, whole or not at all."""
+    return write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file. Raises ``DepthpruneError`` where it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DepthpruneError(f"cannot read {path}: {why(error)}") from None
+    except ValueError as error:
+        raise DepthpruneError(f"{path} is not JSON: {error}") from None
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Fill a folder beside its place and rename it in when all went well; leave nothing behind when not.
+
+    An existing folder is replaced in the last moment. Raises ``DepthpruneError`` where the place cannot be written, as
+    when the disk is full.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        yield part
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(part, path)
+    except OSError as error:
+        raise DepthpruneError(f"cannot write {path}: {why(error)}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def why(error: OSError) -> str:
+    """The reason of an operating-system error, in its own words."""
+    return error.strerror or str(error)

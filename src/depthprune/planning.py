@@ -1,0 +1,153 @@
+"""Choosing what to drop: from a budget to a plan, in a few lines."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import transformers
+
+import depthprune
+from depthprune.budget import Budget
+from depthprune.data import Data
+from depthprune.errors import BudgetError, OptionError, PlanError
+from depthprune.layout import Layout
+from depthprune.model import Model
+from depthprune.oracle import ModelOracle
+from depthprune.plan import Plan
+from depthprune.registry import find
+from depthprune.scores import Scores
+from depthprune.select.rank import Selection
+from depthprune.units import Unit, parse
+
+UNITS = ("block", "attention", "mlp", "mixer", "any")
+PROTECTED = "attention of block 0"
+
+
+def score(model: Model, data: Data, metric: str | Callable[..., Scores] = "loss", *, unit: str = "any", **options: Any) -> Scores:
+    """The score of every unit of a kind under a metric; the unit with the lowest goes first.
+
+    ``options`` are those of ``ModelOracle``. Raises ``OptionError`` for unknown names.
+    """
+    units = candidates(model.layout, unit, "none")
+    return ModelOracle(model, data, metric=metric, units=units, **options).scored()
+
+
+def select(
+    model: Model,
+    budget: str,
+    *,
+    data: Data,
+    unit: str = "any",
+    metric: str | Callable[..., Scores] = "loss",
+    select: str | Callable[..., Selection] = "greedy",
+    protect: str | Sequence[Unit | str] | None = None,
+    **options: Any,
+) -> Plan:
+    """Choose the units to drop for a budget, and write down why.
+
+    ``unit`` is the kind of units that may go; ``protect`` lists units that must stay (``"none"`` lifts the default, the
+    attention of block 0). ``options`` are those of ``ModelOracle``.
+    Raises ``BudgetError`` for impossible budgets, ``OptionError`` for unknown names.
+    """
+    amount, unit = settle(budget, unit, model.layout)
+    units = amount.candidates(model.layout, candidates(model.layout, unit, protect))
+    oracle = ModelOracle(model, data, metric=metric, units=units, **options)
+    return choose(oracle, amount, units, unit=unit, select=select, seed=data.seed)
+
+
+def settle(budget: str, unit: str, layout: Layout) -> tuple[Budget, str]:
+    """Read a budget together with the kind of units it is for: ``8 blocks`` says both."""
+    if unit not in UNITS:
+        raise OptionError(f"unknown unit {unit!r}. Available: {', '.join(UNITS)}")
+    amount = Budget.parse(budget, layout)
+    if amount.kind is not None:
+        if unit not in ("any", amount.kind):
+            raise BudgetError(f"--drop {budget!r} counts units of kind {amount.kind}, but --unit is {unit}")
+        unit = amount.kind
+    return amount, unit
+
+
+def candidates(layout: Layout, unit: str, protect: str | Sequence[Unit | str] | None = None) -> tuple[Unit, ...]:
+    """The units of a kind that may be dropped: all but the protected ones, and blocks that hold a protected one.
+
+    Raises ``LayoutError``-like ``BudgetError`` where there are none, ``PlanError`` for protected units that do not exist.
+    """
+    units = layout.units(unit)
+    if not units:
+        reasons = {block.reason for block in layout.blocks if block.reason}
+        why = f": {'; '.join(sorted(reasons))}; use --unit block" if reasons else ""
+        raise BudgetError(f"this model has no unit of kind {unit} that can be dropped{why}")
+    kept = protected(layout, unit, protect)
+    whole = {u for u in kept if not u.sublayer}
+    inner = {u.whole for u in kept if u.sublayer} if unit == "block" and protect is not None else set()
+    return tuple(u for u in units if u not in kept and u.whole not in whole and u not in inner)
+
+
+def protected(layout: Layout, unit: str, protect: str | Sequence[Unit | str] | None = None) -> tuple[Unit, ...]:
+    """The units that must stay. By default the attention of block 0, as several runtimes cannot serve without it.
+
+    A whole block 0 may go all the same: the next block's attention then is the first.
+    """
+    if protect is None:
+        first = layout.blocks[0]
+        return tuple(Unit("", 0, s.name) for s in first.sublayers if s.kind == "attention") if unit != "block" else ()
+    if isinstance(protect, str):
+        if protect.strip().lower() == "none":
+            return ()
+        protect = [part for part in protect.replace(" ", ",").split(",") if part]
+    units = parse(tuple(protect))
+    for given in units:
+        try:
+            layout.kind(given)
+        except PlanError as error:
+            raise PlanError(f"--protect: {error}") from None
+    return units
+
+
+def choose(
+    oracle: ModelOracle,
+    budget: Budget,
+    units: Sequence[Unit],
+    *,
+    unit: str,
+    select: str | Callable[..., Selection],
+    seed: int = 0,
+) -> Plan:
+    """Run a selector on an oracle and write the plan."""
+    name, function, options = find("selectors", select)
+    selection: Selection = function(oracle, units, budget, **options)
+    layout = oracle.model.layout
+    gone = frozenset(selection.units)
+    freed = layout.freed(gone)
+    why: dict[str, Any] = {
+        "metric": "loss" if name == "greedy" else oracle.metric,
+        "select": select if isinstance(select, str) else name,
+        "unit": unit,
+        "budget": budget.text,
+        "nested": selection.nested,
+        "evaluations": selection.evaluations,
+        "dense_loss": selection.dense,
+        "data": oracle.data.describe(),
+        "seed": seed,
+        "recipe": None,
+        "steps": [step.to_json() for step in selection.steps],
+    }
+    frees = {
+        "parameters": freed,
+        "fraction": round(freed / layout.parameters, 6),
+        "kv_bytes_per_token": layout.kv_freed(gone),
+    }
+    return Plan(oracle.model.reference, selection.units, frees=frees, why=why, made_by=made_by())
+
+
+def made_by() -> dict[str, str]:
+    """The versions that a plan was made with."""
+    return {
+        "depthprune": depthprune.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,83 @@
+"""Names to functions: metrics and selectors, with options parsed from their signatures. No torch.
+
+Built-ins are the lists below; outsiders register functions as entry points (``depthprune.metrics``,
+``depthprune.selectors``), loaded when asked for; Python users pass a function. Keyword-only arguments are the options:
+``cosine:tokens=last``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any
+
+from depthprune.errors import OptionError, unknown
+
+TABLES: dict[str, dict[str, str]] = {
+    "metrics": {
+        **{
+            name: f"depthprune.metrics.stream:{name}"
+            for name in ("cosine", "angular", "l1", "l2", "relative_l1", "relative_l2")
+        },
+        "loss": "depthprune.metrics.loss:loss",
+    },
+    "selectors": {
+        "lowest": "depthprune.select.rank:lowest",
+        "contiguous": "depthprune.select.rank:contiguous",
+        "greedy": "depthprune.select.search:greedy",
+    },
+    "recoverers": {},
+    "forms": {"hf": "depthprune.export.hf:write"},
+}
+
+
+def names(table: str) -> tuple[str, ...]:
+    """All names in a table, built in and registered by others."""
+    return tuple(sorted({*TABLES[table], *(entry.name for entry in entry_points(group=f"depthprune.{table}"))}))
+
+
+def find(table: str, spec: str | Callable[..., Any]) -> tuple[str, Callable[..., Any], dict[str, Any]]:
+    """Look up ``name`` or ``name:option=value,…``: the name, the function, and its options.
+
+    Raises ``OptionError`` for a name or an option that does not exist, listing those that do.
+    """
+    if callable(spec):
+        return getattr(spec, "__name__", "function"), spec, {}
+    name, _, rest = spec.partition(":")
+    if name in TABLES[table]:
+        module, _, attribute = TABLES[table][name].partition(":")
+        function = getattr(importlib.import_module(module), attribute)
+    else:
+        entries = [entry for entry in entry_points(group=f"depthprune.{table}") if entry.name == name]
+        if not entries:
+            raise unknown(table.removesuffix("s"), name, names(table))
+        function = entries[0].load()
+    return name, function, _options(name, function, rest)
+
+
+def _options(name: str, function: Callable[..., Any], rest: str) -> dict[str, Any]:
+    simple: dict[Any, type] = {key: kind for kind in (bool, int, float, str) for key in (kind, kind.__name__)}
+    parameters = inspect.signature(function).parameters.values()
+    known = {p.name: simple[p.annotation] for p in parameters if p.kind is p.KEYWORD_ONLY and p.annotation in simple}
+    options: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if key not in known:
+            raise OptionError(f"{name} has no option {key!r}; it has: {', '.join(sorted(known)) or 'none'}")
+        if not equals:
+            raise OptionError(f"option {key!r} of {name} needs a value: {name}:{key}=…")
+        options[key] = _value(name, key, value, known[key])
+    return options
+
+
+def _value(name: str, key: str, value: str, kind: type) -> Any:
+    if kind is bool:
+        if value.lower() not in ("true", "false"):
+            raise OptionError(f"{name}:{key} is true or false, not {value!r}")
+        return value.lower() == "true"
+    try:
+        return kind(value)
+    except ValueError:
+        raise OptionError(f"{name}:{key} needs a number ({kind.__name__}), not {value!r}") from None

@@ -1,0 +1,304 @@
+"""The engine: the losses of many thinned models in one pass over the weights.
+
+Every question about a thinner model goes through ``losses``: leave-one-out, greedy, sweeps. Variants that agree up to
+some unit run it once (a trie over execution order); within a block, a sublayer's output that two variants share is
+computed once and replayed; the rows of variants with the same block run together; each block is visited once per call,
+however many variants there are. The loss comes from the model's own norm and head, in chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from depthprune.data import Data, check_vocabulary
+from depthprune.errors import DataError, LayoutError
+from depthprune.layout import Layout, blocks_of, muted
+from depthprune.model import Model
+from depthprune.record import Call, Recording, forwards, head, inputs, once, record, slices
+from depthprune.scores import Losses
+from depthprune.surgery import mutes
+from depthprune.units import Unit
+
+Gone = dict[int, frozenset[str] | None]
+Progress = Callable[[float, float], None]
+
+CHUNK = 2048  # positions of a head chunk: logits of (2048, V) float32 at the most
+TOKENS = {"cpu": 4096, "cuda": 32768}  # tokens of one call of a block
+
+_EXACT: WeakKeyDictionary[nn.Module, dict[bool, bool]] = WeakKeyDictionary()  # network -> packed -> engine is exact
+
+
+@dataclass
+class _Node:
+    """Variants that agree so far, and their stream: one tensor per batch."""
+
+    variants: list[int]
+    streams: list[Tensor]
+
+
+@dataclass
+class _Batch:
+    """Some sequences, what the model passes to its blocks for them, and which of it grows with the batch."""
+
+    rows: slice
+    recording: Recording
+    grows: list[list[bool]]
+    tiles: dict[tuple[int, int], Call] = field(default_factory=dict)
+
+    def call(self, block: int, times: int) -> Call:
+        """The call of a block for ``times`` variants of this batch at once."""
+        if times == 1:
+            return self.recording.calls[block]
+        return self.recording.calls[block].tiled(times, self.grows[block])
+
+
+@torch.no_grad()
+def losses(
+    model: Model,
+    data: Data,
+    variants: Sequence[Iterable[Unit]],
+    *,
+    memory: int | None = None,
+    progress: Progress | None = None,
+    tokens_per_call: int | None = None,
+) -> Losses:
+    """The loss of every variant of a model on every sequence of the data.
+
+    A variant is a set of dropped units. For sequence s and variant v the result holds ``sum_t -log p_v(x_t | x_<t)`` in
+    nats, over the real tokens, and their number; float32 logits, float64 sums. Equal to a plain forward of the model
+    with those units dropped. ``memory`` bounds the bytes of the stored streams; ``progress(done, total)`` is called with
+    work measured in blocks times sequences.
+    Raises ``DataError`` for text that does not fit the model, ``PlanError`` for units it does not have.
+    """
+    gone = [model.layout.gone(tuple(units)) for units in variants]
+    check(model, data)
+    predicted = (data.mask[:, 1:] & data.mask[:, :-1]).sum(1).double().numpy()
+    result = Losses.empty(len(gone), predicted)
+    if not gone:
+        return result
+    run = _Run(model, data, gone, progress, tokens_per_call or TOKENS.get(model.device.type, 4096))
+    if run.engine_is_exact():
+        run.sweep(result, memory or _memory(model.device))
+    else:
+        run.plainly(result)
+    return result
+
+
+def check(model: Model, data: Data) -> None:
+    """Check that text fits a model. Raises ``DataError`` for foreign token ids, long rows, or non-finite positions."""
+    check_vocabulary(data, model.net.get_input_embeddings().weight.shape[0])
+    limit = getattr(model.net.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < data.length:
+        raise DataError(f"sequences of {data.length} tokens are longer than the {limit} positions of {model.reference.id}; pass --length {limit}")
+
+
+def _memory(device: torch.device) -> int:
+    """Half of what is free, for the streams."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    with open("/proc/meminfo") as info:
+        free = next(int(line.split()[1]) for line in info if line.startswith("MemAvailable"))
+    return free * 1024 // 2
+
+
+def trie(layout: Layout, gone: Sequence[Gone]) -> tuple[list[int], float]:
+    """How many distinct streams are alive after each block, and how many block forwards the sweep makes."""
+    groups: dict[tuple[Any, ...], int] = {(): 0}
+    paths: list[tuple[Any, ...]] = [() for _ in gone]
+    alive, forwards_made = [], 0.0
+    for index in range(len(layout.blocks)):
+        paths = [(*path[-1:], _key(g, index)) for path, g in zip(paths, gone, strict=True)]
+        numbers: dict[tuple[Any, ...], int] = {}
+        for position, path in enumerate(paths):
+            parent = groups[path[:-1]] if len(path) > 1 else 0
+            if (parent, path[-1]) not in numbers and path[-1] != "block":
+                forwards_made += 1
+            number = numbers.setdefault((parent, path[-1]), len(numbers))
+            paths[position] = (number,)
+        groups = {(number,): number for number in numbers.values()}
+        alive.append(len(numbers))
+    return alive, forwards_made
+
+
+def _key(gone: Gone, index: int) -> Any:
+    return ("block" if gone[index] is None else gone[index]) if index in gone else frozenset()
+
+
+class _Run:
+    """One call of ``losses``: the model's blocks, the data, and how far we are."""
+
+    def __init__(self, model: Model, data: Data, gone: list[Gone], progress: Progress | None, tokens_per_call: int) -> None:
+        self.net, self.layout, self.data, self.gone = model.net, model.layout, data, gone
+        self.device = model.device
+        self.blocks = blocks_of(model.net, model.layout)
+        self.arities = [block.arity for block in model.layout.blocks]
+        self.rows = max(1, tokens_per_call // data.length)
+        self.alive, self.total = trie(model.layout, gone)
+        self.total = (self.total + len(gone)) * data.sequences
+        self.done = 0.0
+        self.progress = progress
+
+    def advance(self, work: float) -> None:
+        self.done += work
+        if self.progress is not None:
+            self.progress(min(self.done, self.total), self.total)
+
+    def batch(self, rows: slice, tokens: Tensor | None = None, mask: Tensor | None = None) -> _Batch:
+        tokens = (self.data.tokens if tokens is None else tokens)[rows].to(self.device)
+        mask = (self.data.mask if mask is None else mask)[rows].to(self.device)
+        recording = record(self.net, self.blocks, self.arities, tokens, mask)
+        doubled = record(self.net, self.blocks, self.arities, tokens.repeat(2, 1), mask.repeat(2, 1))
+        return _Batch(rows, recording, recording.rows_of(doubled))
+
+    def engine_is_exact(self) -> bool:
+        """Prove on a short piece of the data that blocks called alone compute what the model computes.
+
+        The dense model and the variants that touch the most units are compared with plain forwards; once per network,
+        with and without padding, as it is the structure that decides.
+        """
+        length, packed = min(self.data.length, 16), self.data.packed
+        if packed in _EXACT.get(self.net, {}):
+            return _EXACT[self.net][packed]
+        _EXACT.setdefault(self.net, {})[packed] = exact = self._compare(length)
+        return exact
+
+    def _compare(self, length: int) -> bool:
+        tokens, mask = self.data.tokens[:2, :length], self.data.mask[:2, :length]
+        chosen = [Gone()] + sorted(self.gone, key=len)[-2:]
+        try:
+            batch = self.batch(slice(0, len(tokens)), tokens, mask)
+            nodes = [_Node(list(range(len(chosen))), [batch.recording.stream])]
+            for index in range(len(self.blocks)):
+                nodes = self.block(index, nodes, [batch], chosen)
+            for node in nodes:
+                logits = head(self.net, self.blocks, self.arities, node.streams[0])
+                with forwards(mutes(self.blocks, self.layout, chosen[node.variants[0]])):
+                    plain = self.net(**inputs(tokens.to(self.device), mask.to(self.device)), use_cache=False).logits
+                real = mask.to(self.device)
+                gap = (logits - plain)[real].abs().max()
+                if not gap <= 1e-3 * plain[real].abs().max() + 1e-5:
+                    return False
+        except (LayoutError, AttributeError, TypeError):
+            return False
+        return True
+
+    def plainly(self, result: Losses) -> None:
+        """One plain forward per variant: for models whose blocks cannot be called alone."""
+        self.total = float(len(self.gone) * self.data.sequences)
+        for variant, gone in enumerate(self.gone):
+            with forwards(mutes(self.blocks, self.layout, gone)):
+                for rows in slices(self.data.sequences, self.rows):
+                    tokens, mask = self.data.tokens[rows].to(self.device), self.data.mask[rows].to(self.device)
+                    logits = self.net(**inputs(tokens, mask), use_cache=False).logits
+                    result.nll[variant, rows] = _nll(logits[:, :-1], tokens, mask).cpu().numpy()
+                    self.advance(tokens.shape[0])
+
+    def sweep(self, result: Losses, memory: int) -> None:
+        """All blocks once per shard of sequences; shards as large as the memory for streams allows."""
+        width = self.net.get_input_embeddings().weight.shape[1]
+        size = next(self.net.parameters()).element_size()
+        per_sequence = (max(self.alive) + 2) * self.data.length * width * size
+        shard = max(self.rows, memory // per_sequence // self.rows * self.rows)
+        for start in range(0, self.data.sequences, shard):
+            stop = min(start + shard, self.data.sequences)
+            batches = [self.batch(slice(start + r.start, start + r.stop)) for r in slices(stop - start, self.rows)]
+            nodes = [_Node(list(range(len(self.gone))), [batch.recording.stream for batch in batches])]
+            for index in range(len(self.blocks)):
+                nodes = self.block(index, nodes, batches, self.gone)
+            for node in nodes:
+                for batch, stream in zip(batches, node.streams, strict=True):
+                    result.nll[node.variants, batch.rows] = self.loss(stream, batch.rows)
+                self.advance(len(node.variants) * (stop - start))
+
+    def block(self, index: int, nodes: list[_Node], batches: list[_Batch], gone: Sequence[Gone]) -> list[_Node]:
+        """Take every node through one block, splitting those whose variants differ in it."""
+        after: list[_Node] = []
+        alone: list[_Node] = []  # nodes that keep the block whole: their rows can run together
+        for node in nodes:
+            modes: dict[Any, list[int]] = {}
+            for variant in node.variants:
+                modes.setdefault(_key(gone[variant], index), []).append(variant)
+            if list(modes) == [frozenset()]:
+                alone.append(node)
+            else:
+                after += self.split(index, node, modes, batches)
+        after += self.together(index, alone, batches)
+        return after
+
+    def together(self, index: int, nodes: list[_Node], batches: list[_Batch]) -> list[_Node]:
+        block = self.blocks[index]
+        after = [_Node(node.variants, []) for node in nodes]
+        for number, batch in enumerate(batches):
+            rows = batch.rows.stop - batch.rows.start
+            times = max(1, self.rows // rows)
+            for some in slices(len(nodes), times):
+                streams = [node.streams[number] for node in nodes[some]]
+                joined = streams[0] if len(streams) == 1 else torch.cat(streams)
+                out = batch.call(index, len(streams)).run(block, joined)
+                for node, stream in zip(after[some], out.split(rows), strict=True):
+                    node.streams.append(stream)
+                self.advance(rows * len(streams))
+        return after
+
+    def split(self, index: int, node: _Node, modes: dict[Any, list[int]], batches: list[_Batch]) -> list[_Node]:
+        """One stream becomes several: each mode of the block runs, but no shared sublayer output is computed twice."""
+        after = []
+        chosen = [mode for mode in modes if mode != "block"]
+        streams: dict[Any, list[Tensor]] = {mode: [] for mode in chosen}
+        for number, batch in enumerate(batches):
+            stream, call = node.streams[number], batch.recording.calls[index]
+            kept: dict[Hashable, Any] = {}
+            for mode in sorted(chosen, key=sorted):
+                with forwards(self._replaced(index, mode, chosen, kept)):
+                    streams[mode].append(call.run(self.blocks[index], stream))
+                self.advance(batch.rows.stop - batch.rows.start)
+        for mode, variants in modes.items():
+            after.append(_Node(variants, node.streams if mode == "block" else streams[mode]))
+        return after
+
+    def _replaced(
+        self, index: int, mode: frozenset[str], modes: list[Any], kept: dict[Hashable, Any]
+    ) -> list[tuple[nn.Module, Callable[..., Any]]]:
+        """The forwards for one mode: muted sublayers, and those whose output another mode shares, computed once.
+
+        A sublayer's output depends on which sublayers before it are gone, and on nothing later.
+        """
+        block, sublayers = self.blocks[index], self.layout.blocks[index].sublayers
+        replaced = muted(block, tuple(s for s in sublayers if s.name in mode))
+        for position, sublayer in enumerate(sublayers):
+            before = frozenset(s.name for s in sublayers[:position])
+            key = (sublayer.name, mode & before)
+            sharing = sum(sublayer.name not in other and other & before == key[1] for other in modes)
+            if sublayer.name not in mode and sharing > 1 and len(sublayer.members) == 1:
+                module = block.get_submodule(sublayer.name)
+                replaced.append((module, once(module, key, kept)))
+        return replaced
+
+    def loss(self, stream: Tensor, rows: slice) -> np.ndarray:
+        """Per sequence, the summed negative log-likelihood in nats of a final stream, head chunk by head chunk."""
+        tokens, mask = self.data.tokens[rows].to(self.device), self.data.mask[rows].to(self.device)
+        sums = torch.zeros(stream.shape[0], dtype=torch.float64, device=stream.device)
+        length = stream.shape[1]
+        together = max(1, CHUNK // length)
+        for some in slices(stream.shape[0], together):
+            for start in range(0, length - 1, CHUNK):
+                stop = min(start + CHUNK, length - 1)
+                logits = head(self.net, self.blocks, self.arities, stream[some, start:stop])
+                sums[some] += _nll(logits, tokens[some, start : stop + 1], mask[some, start : stop + 1])
+        result: np.ndarray = sums.cpu().numpy()
+        return result
+
+
+def _nll(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Sum over positions of -log p of the next token; ``logits`` (B, T-1, V) predict ``tokens[:, 1:]`` (B, T-1)."""
+    scores = logits.float()
+    picked = scores.gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    real = mask[:, 1:] & mask[:, :-1]
+    return ((scores.logsumexp(-1) - picked).double() * real).sum(-1)
