@@ -215,7 +215,7 @@ def discover(net: nn.Module, element_size: int | None = None) -> Layout:
         sublayers = () if isinstance(guessed, str) or reason else guessed
         serves: tuple[tuple[str, frozenset[str]], ...] = ()
         if sublayers:
-            key = (type(module), sublayers, tuple(name for name, _ in module.named_children()))
+            key = (type(module), sublayers, tuple((name, type(c), bool(size(c))) for name, c in module.named_children()))
             if key not in known:
                 known[key] = tuple(_serves(module, sublayers, call, stream))
             serves = known[key]

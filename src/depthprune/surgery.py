@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from depthprune.errors import LayoutError, PlanError
@@ -25,6 +26,8 @@ from depthprune.skip import Skip, cache_slots, skip_sublayers
 from depthprune.units import Unit, parse
 
 _INDEX_NAMES = ("layer_idx", "layer_index", "layer_id", "block_idx")
+# What model code raises when a configuration or a missing part does not suit it.
+_REFUSALS = (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError, StrictDataclassError)
 _NO_CACHE = ("attention", "mixer")
 
 
@@ -95,6 +98,9 @@ def drop(model: Model, plan: Plan) -> Model:
     gone = model.layout.gone(plan.drop)
     if len([names for names in gone.values() if names is None]) == len(model.layout.blocks):
         raise PlanError("this plan drops every block: nothing would be left")
+    attentions = {index for index, block in enumerate(model.layout.blocks) if "attention" in {s.kind for s in block.sublayers}}
+    if attentions and attentions <= _cacheless(model.layout, gone):
+        raise PlanError("this plan drops every attention: no token would see another; keep at least one")
     shells = not all(layout_block.sublayers for layout_block in model.layout.blocks)
     reason = ""
     for keep_shells in (False, True):
@@ -117,14 +123,18 @@ def _cut(model: Model, gone: dict[int, frozenset[str] | None], shells: bool) -> 
     if taken:
         try:
             new = shrink(net.config, kept, len(blocks))
-        except (ValueError, TypeError, KeyError, IndexError, AssertionError) as error:
-            return net, f"its configuration cannot be shortened ({error})"
+        except _REFUSALS as error:
+            return net, f"its configuration cannot be shortened ({' '.join(str(error).split())})"
         adopt(net.config, new)
         parent, _, name = layout.path.rpartition(".")
         setattr(net.get_submodule(parent), name, nn.ModuleList([blocks[index] for index in kept]))
         for number, index in enumerate(kept):
             renumber(blocks[index], index, number)
-        if reason := prove(net, net.config):
+        try:
+            reason = prove(net, net.config)
+        except _REFUSALS as error:
+            reason = f"no model can be built from its shortened configuration ({' '.join(str(error).split())})"
+        if reason:
             return net, reason
     spec = _skips(layout, blocks, gone, kept)
     if spec["skip"]:
@@ -187,7 +197,10 @@ def _differs(model: Model, net: nn.Module, gone: dict[int, frozenset[str] | None
     tokens = torch.randint(vocabulary, PROBE, generator=torch.Generator().manual_seed(2)).to(device)
     with forwards(mutes(blocks_of(model.net, model.layout), model.layout, gone)):
         want = model.net(**inputs(tokens, None), use_cache=False)[0]
-    have = net(**inputs(tokens, None), use_cache=False)[0]
+    try:
+        have = net(**inputs(tokens, None), use_cache=False)[0]
+    except _REFUSALS as error:
+        return f"without those units it does not run ({type(error).__name__}: {' '.join(str(error).split())})"
     gap = (want - have).abs().max().item()
     if not gap <= 1e-3 * want.abs().max().item():
         return f"without those blocks it computes something else (logits differ by {gap:.2g})"

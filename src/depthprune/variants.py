@@ -185,7 +185,7 @@ class _Run:
                 gap = (logits - plain)[real].abs().max()
                 if not gap <= 1e-3 * plain[real].abs().max() + 1e-5:
                     return False
-        except (LayoutError, AttributeError, TypeError):
+        except (LayoutError, AttributeError, TypeError, ValueError, RuntimeError):
             return False
         return True
 

@@ -95,18 +95,23 @@ def _modelling(net: Any, folder: Path) -> dict[str, str]:
     for kind in dict.fromkeys(classes.values()):
         lines += [
             "",
-            f"from {kind.__module__} import {kind.__name__}  # noqa: E402",
+            f"from {kind.__module__} import {kind.__name__} as Stock{kind.__name__}  # noqa: E402",
             "",
             "",
-            f"class Pruned{kind.__name__}({kind.__name__}):",
+            f"class {kind.__name__}(Stock{kind.__name__}):",
             '    """The stock architecture without the sublayers that its configuration skips."""',
             "",
             "    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:",
             "        super().__init__(config, *args, **kwargs)",
             "        skip_sublayers(self)",
+            "",
+            "    @classmethod",
+            "    def is_custom_code(cls) -> bool:",
+            '        """Convert and initialise weights as for the stock class, whose name this one keeps for that reason."""',
+            "        return False",
         ]
     (folder / f"{MODELLING}.py").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return {name: f"{MODELLING}.Pruned{kind.__name__}" for name, kind in classes.items()}
+    return {name: f"{MODELLING}.{kind.__name__}" for name, kind in classes.items()}
 
 
 class _quiet:
