@@ -1,7 +1,7 @@
 """The engine against one forward per unit, and all one-pass metrics against a plain forward. Same run, interleaved.
 
-    python benchmarks/engine.py MODEL TEXT --out engine.json        a real model
-    python benchmarks/engine.py 8b --dtype bfloat16 --units block   a random Llama of the shape of an 8B model
+python benchmarks/engine.py MODEL TEXT --out engine.json        a real model
+python benchmarks/engine.py 8b --dtype bfloat16 --units block   a random Llama of the shape of an 8B model
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.model == "8b":
         model = random_8b()
-        tokens = torch.randint(128256, (arguments.sequences, arguments.length), generator=torch.Generator().manual_seed(0))
+        tokens = torch.randint(
+            128256, (arguments.sequences, arguments.length), generator=torch.Generator().manual_seed(0)
+        )
         mask = torch.ones_like(tokens, dtype=torch.bool)
         data = Data(tokens, mask, "random", digest(tokens, mask), 0, ())
     else:

@@ -1,6 +1,6 @@
 """Lazy against exhaustive greedy: evaluations, calibration loss, test perplexity.
 
-    python benchmarks/lazy_greedy.py MODEL CALIBRATION TEST --out lazy_greedy.json
+python benchmarks/lazy_greedy.py MODEL CALIBRATION TEST --out lazy_greedy.json
 """
 
 from __future__ import annotations

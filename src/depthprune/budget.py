@@ -1,9 +1,9 @@
 """Budgets: how much to drop. No torch.
 
-    25%            at least this share of the parameters in the stack of blocks
-    8 blocks       that many units of a kind: blocks, attention, mlp, mixer, or units of any kind
-    params<=6e9    at most this many parameters are left in the whole model
-    kv<=50%        at most this share of the KV cache is left (a number: bytes per token)
+25%            at least this share of the parameters in the stack of blocks
+8 blocks       that many units of a kind: blocks, attention, mlp, mixer, or units of any kind
+params<=6e9    at most this many parameters are left in the whole model
+kv<=50%        at most this share of the KV cache is left (a number: bytes per token)
 """
 
 from __future__ import annotations

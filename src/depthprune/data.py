@@ -89,6 +89,13 @@ class Data:
         tokens, mask = self.tokens[:n], self.mask[:n]
         return replace(self, tokens=tokens, mask=mask, digest=digest(tokens, mask))
 
+    def tail(self, n: int) -> Data:
+        """The last ``n`` rows, with their own digest; the rows that ``head(sequences - n)`` leaves."""
+        if not 1 <= n <= self.sequences:
+            raise OptionError(f"the tail of {self.name} needs 1 to {self.sequences} rows, not {n}")
+        tokens, mask = self.tokens[-n:], self.mask[-n:]
+        return replace(self, tokens=tokens, mask=mask, digest=digest(tokens, mask))
+
     def describe(self) -> dict[str, object]:
         """What a plan or a report records of this data, ready for JSON."""
         return {

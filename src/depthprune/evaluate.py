@@ -112,7 +112,9 @@ def perplexity(model: Model, text: Windows, *, show: Show | None = None) -> Perp
     check_vocabulary(text.data, vocabulary)
     positions = getattr(model.net.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < tokens.shape[1]:
-        raise DataError(f"windows of {tokens.shape[1]} tokens are longer than the model's {positions} positions; pass --window {positions}")
+        raise DataError(
+            f"windows of {tokens.shape[1]} tokens are longer than the model's {positions} positions; pass --window {positions}"
+        )
     rows = max(1, min(LOGITS // (vocabulary * tokens.shape[1]), 8192 // tokens.shape[1]))
     total = 0.0
     for some in slices(len(tokens), rows):

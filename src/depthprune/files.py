@@ -16,7 +16,7 @@ from depthprune.errors import DepthpruneError
 def write_text(path: str | Path, text: str) -> Path:
     """Write a small file beside its place and rename it in. Raises ``DepthpruneError`` where that fails."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.part")
+    part = _beside(path, "part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(text, encoding="utf-8")
@@ -48,22 +48,39 @@ def read_json(path: str | Path) -> Any:
 def new_folder(path: str | Path) -> Iterator[Path]:
     """Fill a folder beside its place and rename it in when all went well; leave nothing behind when not.
 
-    An existing folder is replaced in the last moment. Raises ``DepthpruneError`` where the place cannot be written, as
-    when the disk is full.
+    An existing folder is replaced in the last moment, and put back should that fail. Raises ``DepthpruneError`` where the
+    place cannot be written, as when the disk is full.
     """
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
+    path = Path(path).resolve() if Path(path).is_symlink() else Path(path)
+    part, old = _beside(path, "part"), _beside(path, "replaced")
     try:
         shutil.rmtree(part, ignore_errors=True)
+        _put_back(old, path)
         part.mkdir(parents=True)
         yield part
         if path.is_dir():
-            shutil.rmtree(path)
+            os.replace(path, old)
         os.replace(part, path)
     except OSError as error:
         raise DepthpruneError(f"cannot write {path}: {why(error)}") from None
     finally:
+        _put_back(old, path)
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _beside(path: Path, end: str) -> Path:
+    if path.name in ("", ".."):
+        raise DepthpruneError(f"cannot write {path}: it needs a name of its own")
+    return path.with_name(f".{path.name}.{end}")
+
+
+def _put_back(old: Path, path: Path) -> None:
+    """Restore the folder that was set aside if nothing took its place (a killed run leaves it so); else remove it."""
+    if old.is_dir():
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(old, path)
 
 
 def why(error: OSError) -> str:

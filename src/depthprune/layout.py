@@ -215,7 +215,11 @@ def discover(net: nn.Module, element_size: int | None = None) -> Layout:
         sublayers = () if isinstance(guessed, str) or reason else guessed
         serves: tuple[tuple[str, frozenset[str]], ...] = ()
         if sublayers:
-            key = (type(module), sublayers, tuple((name, type(c), bool(size(c))) for name, c in module.named_children()))
+            key = (
+                type(module),
+                sublayers,
+                tuple((name, type(c), bool(size(c))) for name, c in module.named_children()),
+            )
             if key not in known:
                 known[key] = tuple(_serves(module, sublayers, call, stream))
             serves = known[key]
@@ -240,7 +244,9 @@ def _watch(net: nn.Module, modules: list[nn.Module], tokens: Tensor) -> dict[nn.
             hook.remove()
     for index, block in enumerate(modules):
         if len(seen.get(block, ())) != 1:
-            raise LayoutError(f"this model calls block {index} {len(seen.get(block, ()))} times in one forward, not once")
+            raise LayoutError(
+                f"this model calls block {index} {len(seen.get(block, ()))} times in one forward, not once"
+            )
     return seen
 
 
@@ -306,7 +312,11 @@ def zeros(arity: int) -> Callable[..., Any]:
     """A ``forward`` for a dropped sublayer: zeros in the shape of the stream it was given."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        stream = args[0] if args and isinstance(args[0], Tensor) else next(v for v in kwargs.values() if isinstance(v, Tensor))
+        stream = (
+            args[0]
+            if args and isinstance(args[0], Tensor)
+            else next(v for v in kwargs.values() if isinstance(v, Tensor))
+        )
         return answer(torch.zeros_like(stream), arity)
 
     return forward

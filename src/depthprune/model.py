@@ -126,14 +126,18 @@ def _auto_class(config: Any) -> Any:
     architecture = (config.architectures or [""])[0]
     if config.is_encoder_decoder:
         return transformers.AutoModelForSeq2SeqLM
-    return transformers.AutoModelForMaskedLM if architecture.endswith("ForMaskedLM") else transformers.AutoModelForCausalLM
+    return (
+        transformers.AutoModelForMaskedLM if architecture.endswith("ForMaskedLM") else transformers.AutoModelForCausalLM
+    )
 
 
 def _tokenizer(source: str, options: dict[str, Any]) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"cannot load the tokenizer of {source}: {_line(error)}; name one with --tokenizer") from None
+        raise CheckpointError(
+            f"cannot load the tokenizer of {source}: {_line(error)}; name one with --tokenizer"
+        ) from None
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import numpy as np
 
 from depthprune.data import Data
 from depthprune.layout import Layout
+from depthprune.metrics.loss import loss
 from depthprune.metrics.stream import DISTANCES, spans, stream_scores
 from depthprune.model import Model
 from depthprune.registry import find
@@ -47,7 +48,7 @@ class ModelOracle:
         self._known: dict[frozenset[Unit], np.ndarray] = {}
         self._streams: dict[str, dict[str, Scores]] = {}
         self._scores: Scores | None = None
-        self._fresh = 0
+        self._asked: set[frozenset[Unit]] = set()
         if memo is not None and memo.is_file():
             self._recall(memo)
 
@@ -58,8 +59,8 @@ class ModelOracle:
 
     @property
     def evaluations(self) -> int:
-        """How many different thinned models were measured (those remembered from an earlier run included)."""
-        return self._fresh
+        """How many different thinned models were asked for: a resumed search counts what it had measured before, too."""
+        return len(self._asked)
 
     def note(self, text: str) -> None:
         """Say in a line what was decided."""
@@ -83,6 +84,10 @@ class ModelOracle:
                 self.model, self.data, tokens=tokens, progress=self._progress("walking through the blocks")
             )
         return self._streams[tokens]
+
+    def leave_one_out(self) -> Scores:
+        """The rise of the loss without each unit, each measured once."""
+        return loss(self, self.units)
 
     def windows(self, windows: Sequence[tuple[Unit, ...]]) -> list[float]:
         """The score of dropping several consecutive units together.
@@ -111,7 +116,7 @@ class ModelOracle:
             for units, nll in zip(missing, result.nll, strict=True):
                 self._known[units] = nll
                 self._write({"gone": sorted(map(str, units)), "nll": nll.tolist()})
-            self._fresh += len(missing)
+        self._asked.update(gone)
         tokens = (self.data.mask[:, 1:] & self.data.mask[:, :-1]).sum(1).double().numpy()
         return Losses(np.stack([self._known[units] for units in gone]), tokens)
 
@@ -145,4 +150,3 @@ class ModelOracle:
         for line in lines[1:]:
             self._known[frozenset(Unit.parse(unit) for unit in line["gone"])] = np.array(line["nll"], dtype=np.float64)
         memo.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        self._fresh = len(self._known)

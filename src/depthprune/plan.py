@@ -62,8 +62,10 @@ class Plan:
             raise PlanError("this plan is not nested: its first units are not the best choice for a smaller budget")
         if not 0 <= count <= len(self.drop):
             raise PlanError(f"the plan drops {len(self.drop)} units; it has no prefix of {count}")
-        steps = list(self.why.get("steps", ()))[:count]
-        return replace(self, drop=self.drop[:count], frees={}, why={**self.why, "steps": steps} if steps else self.why)
+        why = dict(self.why)
+        if "steps" in why:
+            why["steps"] = why["steps"][:count]
+        return replace(self, drop=self.drop[:count], frees={}, why=why)
 
     def diff(self, other: Plan) -> dict[str, list[str]]:
         """The units that only this plan drops, only the other, and both."""
@@ -86,7 +88,9 @@ class Plan:
                     f"this plan is for {self.model.id} ({name} {_short(planned)}), not for {reference.id} ({name} {_short(actual)})"
                 )
         if self.stand_in:
-            raise PlanError(f"this plan asks for stand-ins ({', '.join(self.stand_in)}), which this release cannot make")
+            raise PlanError(
+                f"this plan asks for stand-ins ({', '.join(self.stand_in)}), which this release cannot make"
+            )
 
     def describe(self) -> str:
         """The plan in a few words, such as ``"12 units (7.self_attn, 3, …)"``."""
@@ -128,6 +132,16 @@ class Plan:
             raise PlanError(f'{source} does not name its model: it needs "model": {{"id": …}}')
         if extra := model.keys() - {"id", "revision", "blocks", "fingerprint"}:
             raise PlanError(f"{source} has unknown fields in model: {', '.join(sorted(extra))}")
+        for name, value in model.items():
+            kind = int if name == "blocks" else str
+            if value is not None and type(value) is not kind:
+                wanted = "a number" if kind is int else "text"
+                raise PlanError(f"{source}: model.{name} must be {wanted}, not {value!r}")
+        for name in ("stand_in", "frees", "why", "made_by"):
+            if not isinstance(fields.get(name) or {}, dict):
+                raise PlanError(f"{source}: {name} must be an object, not {fields[name]!r}")
+        if not isinstance((fields.get("why") or {}).get("steps", []), list):
+            raise PlanError(f"{source}: why.steps must be a list, not {fields['why']['steps']!r}")
         if any(not isinstance(unit, str) for unit in fields["drop"]):
             raise PlanError(f'{source} is not a plan: "drop" must list units as text, such as "12.self_attn"')
         return cls(
@@ -151,10 +165,10 @@ def _lines(key: str, value: Any) -> str:
     if key == "why" and value.get("steps"):
         steps = ",\n   ".join(json.dumps(step) for step in value["steps"])
         rest = json.dumps({name: item for name, item in value.items() if name != "steps"})
-        return f'{rest[:-1]}, "steps": [\n   {steps}\n ]}}'
+        comma = ", " if len(value) > 1 else ""
+        return f'{rest[:-1]}{comma}"steps": [\n   {steps}\n ]}}'
     return json.dumps(value)
 
 
 def _short(value: Any) -> str:
     return str(value)[:19]
-

@@ -26,7 +26,9 @@ UNITS = ("block", "attention", "mlp", "mixer", "any")
 PROTECTED = "attention of block 0"
 
 
-def score(model: Model, data: Data, metric: str | Callable[..., Scores] = "loss", *, unit: str = "any", **options: Any) -> Scores:
+def score(
+    model: Model, data: Data, metric: str | Callable[..., Scores] = "loss", *, unit: str = "any", **options: Any
+) -> Scores:
     """The score of every unit of a kind under a metric; the unit with the lowest goes first.
 
     ``options`` are those of ``ModelOracle``. Raises ``OptionError`` for unknown names.

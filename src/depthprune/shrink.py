@@ -112,7 +112,11 @@ def prove(net: nn.Module, config: Any) -> str:
     others = dict(built.named_modules())
     for name, module in net.named_modules():
         for field, value in vars(module).items():
-            if field.startswith("_") or not isinstance(value, (bool, int, float, str, type(None))) or field == "training":
+            if (
+                field.startswith("_")
+                or not isinstance(value, (bool, int, float, str, type(None)))
+                or field == "training"
+            ):
                 continue
             other = vars(others[name]).get(field)
             if other != value and not (value is None and field not in vars(others[name])):

@@ -27,7 +27,16 @@ from depthprune.units import Unit, parse
 
 _INDEX_NAMES = ("layer_idx", "layer_index", "layer_id", "block_idx")
 # What model code raises when a configuration or a missing part does not suit it.
-_REFUSALS = (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError, StrictDataclassError)
+_REFUSALS = (
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+    StrictDataclassError,
+)
 _NO_CACHE = ("attention", "mixer")
 
 
@@ -42,7 +51,9 @@ def without(model: Model, units: Iterable[Unit | str]) -> Iterator[Model]:
     blocks = blocks_of(model.net, model.layout)
     config = vars(model.net.config.get_text_config(decoder=True))  # type: ignore[operator, union-attr]
     before = {key: config[key] for key in ("kv_sharing_modes",) if key in config}
-    slots = [(module, module.layer_idx) for block in blocks for module in block.modules() if hasattr(module, "layer_idx")]
+    slots = [
+        (module, module.layer_idx) for block in blocks for module in block.modules() if hasattr(module, "layer_idx")
+    ]
     try:
         cache_slots(model.net.config.get_text_config(decoder=True), blocks, _cacheless(model.layout, gone))  # type: ignore[operator, union-attr]
         with forwards(mutes(blocks, model.layout, gone)):
@@ -80,8 +91,7 @@ def _cacheless(layout: Layout, gone: dict[int, frozenset[str] | None]) -> set[in
     return {
         index
         for index, names in gone.items()
-        if names is None
-        or ({s.name for s in layout.blocks[index].sublayers if s.kind in _NO_CACHE} or {""}) <= names
+        if names is None or ({s.name for s in layout.blocks[index].sublayers if s.kind in _NO_CACHE} or {""}) <= names
     }
 
 
@@ -98,7 +108,9 @@ def drop(model: Model, plan: Plan) -> Model:
     gone = model.layout.gone(plan.drop)
     if len([names for names in gone.values() if names is None]) == len(model.layout.blocks):
         raise PlanError("this plan drops every block: nothing would be left")
-    attentions = {index for index, block in enumerate(model.layout.blocks) if "attention" in {s.kind for s in block.sublayers}}
+    attentions = {
+        index for index, block in enumerate(model.layout.blocks) if "attention" in {s.kind for s in block.sublayers}
+    }
     if attentions and attentions <= _cacheless(model.layout, gone):
         raise PlanError("this plan drops every attention: no token would see another; keep at least one")
     shells = not all(layout_block.sublayers for layout_block in model.layout.blocks)
@@ -146,7 +158,9 @@ def _cut(model: Model, gone: dict[int, frozenset[str] | None], shells: bool) -> 
     return net, _differs(model, net, gone)
 
 
-def _skips(layout: Layout, blocks: list[nn.Module], gone: dict[int, frozenset[str] | None], kept: list[int]) -> dict[str, Any]:
+def _skips(
+    layout: Layout, blocks: list[nn.Module], gone: dict[int, frozenset[str] | None], kept: list[int]
+) -> dict[str, Any]:
     """What the configuration has to say about missing sublayers, in the numbering of the kept blocks."""
     spec: dict[str, Any] = {"version": 1, "block": type(blocks[0]).__name__, "skip": {}, "tombstone": ""}
     for number, index in enumerate(kept):
@@ -186,6 +200,9 @@ def renumber(block: nn.Module, old: int, new: int) -> None:
 def clone(net: nn.Module) -> nn.Module:
     """A network with its own modules and configuration that shares every weight with the original."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*net.parameters(), *net.buffers())}
+    for module in net.modules():  # a state that a forward left behind may hang on a graph, which cannot be copied
+        states = (value for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf)
+        memo |= {id(state): state.detach() for state in states}
     return copy.deepcopy(net, memo)
 
 
@@ -195,10 +212,11 @@ def _differs(model: Model, net: nn.Module, gone: dict[int, frozenset[str] | None
     device = next(net.parameters()).device
     vocabulary = model.net.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     tokens = torch.randint(vocabulary, PROBE, generator=torch.Generator().manual_seed(2)).to(device)
-    with forwards(mutes(blocks_of(model.net, model.layout), model.layout, gone)):
-        want = model.net(**inputs(tokens, None), use_cache=False)[0]
     try:
+        with forwards(mutes(blocks_of(model.net, model.layout), model.layout, gone)):
+            want = model.net(**inputs(tokens, None), use_cache=False)[0]
         have = net(**inputs(tokens, None), use_cache=False)[0]
+        net(**inputs(tokens, None), use_cache=True)  # some hand a state from block to block
     except _REFUSALS as error:
         return f"without those units it does not run ({type(error).__name__}: {' '.join(str(error).split())})"
     gap = (want - have).abs().max().item()

@@ -96,7 +96,9 @@ def check(model: Model, data: Data) -> None:
     check_vocabulary(data, model.net.get_input_embeddings().weight.shape[0])
     limit = getattr(model.net.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if isinstance(limit, int) and 0 < limit < data.length:
-        raise DataError(f"sequences of {data.length} tokens are longer than the {limit} positions of {model.reference.id}; pass --length {limit}")
+        raise DataError(
+            f"sequences of {data.length} tokens are longer than the {limit} positions of {model.reference.id}; pass --length {limit}"
+        )
 
 
 def _memory(device: torch.device) -> int:
@@ -134,7 +136,9 @@ def _key(gone: Gone, index: int) -> Any:
 class _Run:
     """One call of ``losses``: the model's blocks, the data, and how far we are."""
 
-    def __init__(self, model: Model, data: Data, gone: list[Gone], progress: Progress | None, tokens_per_call: int) -> None:
+    def __init__(
+        self, model: Model, data: Data, gone: list[Gone], progress: Progress | None, tokens_per_call: int
+    ) -> None:
         self.net, self.layout, self.data, self.gone = model.net, model.layout, data, gone
         self.device = model.device
         self.blocks = blocks_of(model.net, model.layout)
@@ -185,7 +189,7 @@ class _Run:
                 gap = (logits - plain)[real].abs().max()
                 if not gap <= 1e-3 * plain[real].abs().max() + 1e-5:
                     return False
-        except (LayoutError, AttributeError, TypeError, ValueError, RuntimeError):
+        except (LayoutError, AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
             return False
         return True
 
@@ -196,9 +200,18 @@ class _Run:
             with forwards(mutes(self.blocks, self.layout, gone)):
                 for rows in slices(self.data.sequences, self.rows):
                     tokens, mask = self.data.tokens[rows].to(self.device), self.data.mask[rows].to(self.device)
-                    logits = self.net(**inputs(tokens, mask), use_cache=False).logits
+                    logits = self._plain(variant, tokens, mask)
                     result.nll[variant, rows] = _nll(logits[:, :-1], tokens, mask).cpu().numpy()
                     self.advance(tokens.shape[0])
+
+    def _plain(self, variant: int, tokens: Tensor, mask: Tensor) -> Tensor:
+        try:
+            logits: Tensor = self.net(**inputs(tokens, mask), use_cache=False).logits
+        except (AttributeError, IndexError, KeyError, TypeError) as error:  # blocks can share more than a stream
+            blocks = ", ".join(str(index) for index in self.gone[variant])
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise LayoutError(f"this model does not run with units of block {blocks} dropped ({reason})") from None
+        return logits
 
     def sweep(self, result: Losses, memory: int) -> None:
         """All blocks once per shard of sequences; shards as large as the memory for streams allows."""

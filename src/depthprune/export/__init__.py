@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from depthprune.export.check import Proof, check
+from depthprune.export.check import Proof, check, check_many, expect
 from depthprune.export.write import export
 
-__all__ = ["Proof", "check", "export"]
+__all__ = ["Proof", "check", "check_many", "expect", "export"]

@@ -167,12 +167,18 @@ def _judge(item: Mapping[str, Any], result: Mapping[str, Any], expected: Expecte
     allowed = rate * max(result["scale"], 1.0)
     if expected is not None and expected.parameters is not None:
         same = result["parameters"] == expected.parameters
-        proofs.append(Proof(f"parameters ({how})", same, f"{result['parameters']:,} of {expected.parameters:,} planned"))
+        proofs.append(
+            Proof(f"parameters ({how})", same, f"{result['parameters']:,} of {expected.parameters:,} planned")
+        )
     if "gap" in result:
         passed = result["gap"] <= allowed
-        proofs.append(Proof(f"logits ({how})", passed, f"largest gap to the dense model without those units {result['gap']:.2g}"))
+        proofs.append(
+            Proof(f"logits ({how})", passed, f"largest gap to the dense model without those units {result['gap']:.2g}")
+        )
     own = expected.generation_gap if expected is not None else 0.0
     if result["generation_gap"] is not None:
         passed = result["generation_gap"] <= max(allowed, 3 * own)
-        proofs.append(Proof(f"cached generation ({how})", passed, f"largest gap to a full forward {result['generation_gap']:.2g}"))
+        proofs.append(
+            Proof(f"cached generation ({how})", passed, f"largest gap to a full forward {result['generation_gap']:.2g}")
+        )
     return proofs

@@ -63,7 +63,9 @@ def examine(item: dict[str, Any]) -> dict[str, Any]:
     probe = load_file(item["probe"])
     tokens = probe["tokens"].to(item["device"])
     logits = net(tokens, use_cache=False).logits
-    result: dict[str, Any] = {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    result: dict[str, Any] = {
+        key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
     result["parameters"] = sum(parameter.numel() for parameter in net.parameters())
     result["scale"] = logits.float().abs().max().item()
     if "logits" in probe:

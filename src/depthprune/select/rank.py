@@ -102,7 +102,9 @@ def contiguous(oracle: Oracle, candidates: Sequence[Unit], budget: Budget) -> Se
                 windows.append(window)
                 break
     if not windows:
-        raise BudgetError(f"no run of consecutive units meets --drop {budget.text!r}; protect fewer units or use --select lowest")
+        raise BudgetError(
+            f"no run of consecutive units meets --drop {budget.text!r}; protect fewer units or use --select lowest"
+        )
     scores = oracle.windows(windows)
     best = min(range(len(windows)), key=lambda index: scores[index])
     steps = tuple(Step(unit, score=scores[best]) for unit in windows[best])

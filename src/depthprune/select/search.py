@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 
 from depthprune.budget import Budget
+from depthprune.errors import OptionError
 from depthprune.scores import Losses
 from depthprune.select.rank import Oracle, Selection, Step
 from depthprune.units import Unit
@@ -25,10 +26,18 @@ def greedy(
     ``exact`` measures every candidate at every step (SLEB for blocks, BlockPruner for sublayers). Otherwise a step
     measures candidates in the order of their last known damage, ``refresh`` at a time, until no stale one could
     still win. Ties go to the first in execution order; a runner-up closer than one paired standard error is noted.
+    Raises ``OptionError`` for a ``refresh`` below 1.
     """
+    if refresh < 1:
+        raise OptionError(f"greedy:refresh must be at least 1, not {refresh}")
     gone: tuple[Unit, ...] = ()
     steps: list[Step] = []
     damage = dict.fromkeys(candidates, -math.inf)
+    place = {unit: index for index, unit in enumerate(candidates)}
+
+    def rank(unit: Unit) -> tuple[float, int]:
+        return damage[unit], place[unit]
+
     start = oracle.evaluations
     current = dense = float(oracle.losses([frozenset()]).mean()[0])
     while not budget.met(oracle.ledger, gone):
@@ -36,10 +45,10 @@ def greedy(
         fresh: dict[Unit, int] = {}
         measured: list[tuple[Unit, Losses]] = []
         while len(fresh) < len(left):
-            best = min((damage[unit] for unit in fresh), default=math.inf)
-            stale = sorted((unit for unit in left if unit not in fresh), key=lambda unit: damage[unit])
+            best = min((rank(unit) for unit in fresh), default=(math.inf, len(place)))
+            stale = sorted((unit for unit in left if unit not in fresh), key=rank)
             everything = exact or not gone
-            front = stale if everything else [unit for unit in stale[:refresh] if not fresh or damage[unit] < best]
+            front = stale if everything else [unit for unit in stale[:refresh] if not fresh or rank(unit) < best]
             if not front:
                 break
             result = oracle.losses([frozenset((*gone, unit)) for unit in front])
@@ -47,7 +56,7 @@ def greedy(
                 damage[unit] = float(loss) - current if math.isfinite(loss) else math.inf
                 fresh[unit] = len(measured)
                 measured.append((unit, Losses(result.nll[row : row + 1], result.tokens)))
-        chosen = min((unit for unit in left if unit in fresh), key=lambda unit: damage[unit])
+        chosen = min(fresh, key=rank)
         chosen_losses = measured[fresh[chosen]][1]
         current = float(chosen_losses.mean()[0])
         base = oracle.losses([frozenset(gone)])

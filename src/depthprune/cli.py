@@ -1,0 +1,412 @@
+"""The command line: one command per verb. Imports neither torch nor transformers until a command runs."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from depthprune import __version__, options, registry
+from depthprune.console import Console, die, human, table
+from depthprune.errors import BudgetError, DepthpruneError, OptionError
+from depthprune.files import write_json
+from depthprune.options import (
+    Calibration,
+    Choice,
+    Common,
+    DataOption,
+    DropOption,
+    FormOption,
+    Loading,
+    ModelArgument,
+    OutOption,
+    option,
+)
+
+app = typer.Typer(
+    name="depthprune",
+    help="Make deep language models shallower: find the layers a model can do without, drop them, prove that the result loads.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+
+@options.command(app)
+def inspect(console: Console, model: ModelArgument, loading: Loading, common: Common) -> None:
+    """Show what can be dropped, how large it is, and why something cannot be."""
+    made = options.load(model, common, loading)
+    from depthprune.pruning import describe
+
+    layout = made.layout
+    rows, value = [], []
+    for block in layout.blocks:
+        units = [
+            {"unit": f"{block.index}.{s.name}", "kind": s.kind, "parameters": s.parameters} for s in block.sublayers
+        ]
+        whole = {"unit": str(block.index), "kind": "block", "parameters": block.parameters}
+        value.append(
+            {**whole, "kv_bytes_per_token": block.kv_bytes_per_token, "reason": block.reason, "sublayers": units}
+        )
+        for unit in (whole, *units):
+            share = f"{int(str(unit['parameters'])) / layout.parameters:.1%}"
+            row = [str(unit["unit"]), str(unit["kind"]), f"{unit['parameters']:,}", share]
+            rows.append([*row, *((f"{block.kv_bytes_per_token:,}", block.reason) if unit is whole else ("", ""))])
+            rows[-1][0] = rows[-1][0] if unit is whole else f"  {rows[-1][0]}"
+    shown = table(("unit", "kind", "parameters", "share", "KV bytes/token", "why not finer"), rows, describe(made))
+    head = {"model": vars(made.reference), "stack": layout.path, "parameters": made.parameters}
+    console.result({**head, "kv_bytes_per_token": layout.kv_bytes_per_token, "blocks": value}, shown)
+
+
+@options.command(app)
+def score(
+    console: Console,
+    model: ModelArgument,
+    data: DataOption,
+    out: OutOption,
+    calibration: Calibration,
+    loading: Loading,
+    common: Common,
+    metric: Annotated[list[str] | None, option("--metric", "A metric; may be given several times.")] = None,
+    unit: Annotated[str, option("--unit", "What to score: block, attention, mlp, mixer or any.")] = "any",
+) -> None:
+    """Score every unit: how much would be lost without it. Low goes first."""
+    chosen = metric or ["loss", "cosine"]
+    for name in chosen:
+        registry.find("metrics", name)
+    made = options.load(model, common, loading)
+    from depthprune.oracle import ModelOracle
+    from depthprune.planning import candidates
+    from depthprune.pruning import scores_json
+
+    text = options.text(data, made, calibration, common)
+    units, memory = candidates(made.layout, unit, "none"), options.size(calibration.memory)
+    every = {}
+    for name in chosen:
+        oracle = ModelOracle(made, text, metric=name, units=units, memory=memory, show=console.show)
+        every[name] = oracle.scored()
+    value = scores_json(made, every, units)
+    write_json(out, value)
+    rows = [
+        [str(u), made.layout.kind(u), *(_score(scores.values[u], scores.errors.get(u)) for scores in every.values())]
+        for u in every[chosen[0]].ranked()
+    ]
+    console.result(value, table(("unit", "kind", *every), rows, f"{len(rows)} units, lowest first; written to {out}"))
+
+
+def _score(value: float, error: float | None) -> str:
+    return f"{value:.5f}" if error is None else f"{value:.5f} ± {error:.5f}"
+
+
+@options.command(app)
+def plan(
+    console: Console,
+    model: ModelArgument,
+    drop: DropOption,
+    data: DataOption,
+    out: OutOption,
+    choice: Choice,
+    calibration: Calibration,
+    loading: Loading,
+    common: Common,
+) -> None:
+    """Choose what to drop for a budget, and write the plan: a small JSON file to read, edit and replay."""
+    registry.find("metrics", choice.metric)
+    registry.find("selectors", choice.select)
+    made = options.load(model, common, loading)
+    from depthprune import planning
+
+    planning.settle(drop, choice.unit, made.layout)
+    chosen = planning.select(
+        made,
+        drop,
+        data=options.text(data, made, calibration, common),
+        unit=choice.unit,
+        metric=choice.metric,
+        select=choice.select,
+        protect=choice.protect,
+        memory=options.size(calibration.memory),
+        show=console.show,
+        say=console.say,
+    )
+    chosen.save(out)
+    freed = f"{chosen.describe()}: frees {chosen.frees['fraction']:.1%} of the block parameters; written to {out}"
+    console.result({"plan": str(out), "drop": [str(u) for u in chosen.drop], "frees": dict(chosen.frees)}, freed)
+
+
+@options.command(app)
+def drop(
+    console: Console,
+    model: ModelArgument,
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
+    out: OutOption,
+    loading: Loading,
+    common: Common,
+    stand_in: Annotated[str, option("--stand-in", "What to put in place of a dropped unit: `none`.")] = "none",
+    form: FormOption = "hf",
+) -> None:
+    """Drop what a plan says, write the smaller model, and prove it in a fresh process."""
+    if stand_in != "none":
+        raise OptionError(f"--stand-in {stand_in!r} does not exist yet. Available: none")
+    registry.find("forms", form)
+    from depthprune.plan import Plan
+
+    asked = Plan.load(plan)
+    made = options.load(model, common, loading)
+    from depthprune.export import check_many, expect, write
+    from depthprune.surgery import drop as cut
+
+    smaller = cut(made, asked)
+    write.export(smaller, out, form)
+    proofs = check_many({out: expect(made, asked)}, device=str(made.device))[out]
+    _judge(console, proofs, f"{asked.describe()} dropped; written to {out}")
+
+
+@options.command(app)
+def check(
+    console: Console,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder with a model.")],
+    common: Common,
+    against: Annotated[str | None, option("--against", "The dense model that the folder's plan.json is for.")] = None,
+) -> None:
+    """Prove that a folder loads, runs, and means what its plan says."""
+    from depthprune.export import check as examine
+
+    dense = None if against is None else options.load(against, common)
+    _judge(console, examine(folder, dense, device=common.device or "cpu"), f"{folder}:")
+
+
+def _judge(console: Console, proofs: Any, title: str) -> None:
+    passed = all(proof.passed for proof in proofs)
+    lines = [title, *(f"  {'ok  ' if proof.passed else 'FAIL'} {proof.name}: {proof.detail}" for proof in proofs)]
+    console.result({"passed": passed, "proofs": [proof.to_json() for proof in proofs]}, "\n".join(lines))
+    if not passed:
+        raise typer.Exit(1)
+
+
+@options.command(app, "eval")
+def evaluate(
+    console: Console,
+    models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Models; the first is the reference.")],
+    text: Annotated[list[str], option("--text", "Text to predict; may be given several times.")],
+    out: OutOption,
+    loading: Loading,
+    common: Common,
+    window: Annotated[int, option("--window", "Tokens of a window.")] = 512,
+    stride: Annotated[int | None, option("--stride", "How far it moves; smaller gives more context.")] = None,
+    windows: Annotated[int | None, option("--windows", "Only the first windows.")] = None,
+    field: Annotated[str, option("--field", "Field of JSONL and Parquet rows.")] = "text",
+) -> None:
+    """Measure the perplexity of models on text, each token predicted once. Several models make one table."""
+    from depthprune import pruning
+    from depthprune.evaluate import windows as cut
+
+    made = {name: options.load(name, common, loading) for name in models}
+    tokenizer = next(iter(made.values())).tokenizer
+    rows = cut(",".join(text), tokenizer, window=window, stride=stride, limit=windows, field=field)
+    value = pruning.evaluate(made, rows, console)
+    write_json(out, value)
+    base = value["models"][0]["perplexity"]
+    lines = [
+        [
+            entry["name"],
+            f"{entry['perplexity']:.3f}",
+            f"{entry['perplexity'] / base:.3f}x",
+            f"{entry['parameters']:,}",
+            human(entry["bytes"]),
+            f"{entry['kv_bytes_per_token']:,}",
+        ]
+        for entry in value["models"]
+    ]
+    columns = ("model", "perplexity", "ratio", "parameters", "bytes", "KV bytes/token")
+    console.result(value, table(columns, lines, f"{value['text']['name']}, {value['text']['tokens']:,} tokens"))
+
+
+@options.command(app)
+def bench(
+    console: Console,
+    models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Models to time; the first is the reference.")],
+    out: OutOption,
+    loading: Loading,
+    common: Common,
+    batch: Annotated[int, option("--batch", "Sequences at a time.")] = 1,
+    prompt: Annotated[int, option("--prompt", "Tokens of the prompt.")] = 256,
+    new: Annotated[int, option("--new", "Tokens to decode.")] = 32,
+    repeats: Annotated[int, option("--repeats", "Turns of each model.")] = 5,
+) -> None:
+    """Time prefill and decoding of models, interleaved, so that drift hits all alike."""
+    from depthprune.bench import bench as measure
+
+    made = {name: options.load(name, common, loading).net for name in models}
+    value = measure(made, batch=batch, prompt=prompt, new=new, repeats=repeats, seed=common.seed)
+    write_json(out, value)
+    rows = [
+        [
+            entry["name"],
+            *("" if entry.get(key) is None else f"{entry[key]:.3f}" for key in ("prefill_ms", "decode_ms_per_token")),
+        ]
+        for entry in value["models"]
+    ]
+    console.result(value, table(("model", "prefill ms", "decode ms/token"), rows))
+
+
+@options.command(app)
+def export(
+    console: Console,
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder with a pruned model.")],
+    out: OutOption,
+    common: Common,
+    form: FormOption = "hf",
+) -> None:
+    """Write a model again in another form."""
+    registry.find("forms", form)
+    from depthprune.export import export as write
+
+    write(options.load(folder, common), out, form)
+    console.result({"path": str(out)}, f"written to {out}")
+
+
+@options.command(app)
+def report(
+    console: Console,
+    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder.")],
+    common: Common,
+    open_: Annotated[bool, option("--open", "Open it in the browser.")] = False,
+) -> None:
+    """Write the report of a run folder again from its JSON files."""
+    from depthprune.report import report as write
+
+    page = write(run)
+    console.result({"report": str(page)}, str(page))
+    if open_:
+        typer.launch(page.resolve().as_uri())
+
+
+@options.command(app)
+def prune(
+    console: Console,
+    choice: Choice,
+    calibration: Calibration,
+    loading: Loading,
+    common: Common,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=options.MODEL_HELP)] = None,
+    drop: DropOption = "25%",
+    data: Annotated[str | None, option("--data", options.DATA_HELP)] = None,
+    out: Annotated[Path | None, option("--out", "The run folder.")] = None,
+    demo: Annotated[bool, option("--demo", "Use the small model and the texts that come with depthprune.")] = False,
+    recover: Annotated[str, option("--recover", "How to win back what was lost: `none` in this release.")] = "none",
+    text: Annotated[
+        str | None, option("--text", "Text to evaluate on; default: rows of the calibration text that were not used.")
+    ] = None,
+    window: Annotated[int | None, option("--window", "Tokens of an evaluation window; default: the length.")] = None,
+    stride: Annotated[int | None, option("--stride", "How far the window moves; default: the window.")] = None,
+    windows: Annotated[int, option("--windows", "Evaluate on the first windows of --text.")] = 256,
+    form: FormOption = "hf",
+    run_bench: Annotated[bool, typer.Option("--bench/--no-bench", help="Measure speed.")] = True,
+    resume: Annotated[bool, option("--resume", "Finish a run that was stopped.")] = False,
+    overwrite: Annotated[bool, option("--overwrite", "Replace a run in the folder.")] = False,
+) -> None:
+    """The main job: plan, drop, prove, evaluate, time and report, in one run folder.
+
+    Ctrl-C at any moment leaves a run that `--resume` finishes.
+    """
+    if demo:
+        from depthprune import demo as embedded
+
+        model, data = model or str(embedded.unpack()), data or str(embedded.CALIBRATION)
+        text, out = text or str(embedded.TEST), out or Path("runs/demo")
+        calibration = replace(calibration, sequences=min(calibration.sequences, 24))
+    if model is None:
+        raise OptionError(options.NO_MODEL)
+    if data is None or out is None:
+        raise OptionError(
+            f"prune needs {'--data TEXT to choose by' if data is None else '--out RUN, a folder to write to'}"
+        )
+    if recover != "none":
+        raise OptionError(f"--recover {recover!r} does not exist yet. Available: none")
+    for kind, name in (("metrics", choice.metric), ("selectors", choice.select), ("forms", form)):
+        registry.find(kind, name)
+    from depthprune import pruning
+
+    settings = pruning.Settings(
+        model=model,
+        drop=drop,
+        data=data,
+        text=text,
+        window=window,
+        stride=stride,
+        windows=windows,
+        form=form,
+        recover=recover,
+        bench=run_bench,
+        seed=common.seed,
+        device=common.device,
+        dtype=common.dtype,
+        **vars(choice),
+        **vars(loading),
+        **(vars(calibration) | {"memory": options.size(calibration.memory)}),
+    )
+    try:
+        passed = pruning.prune(settings, out, console, resume=resume, overwrite=overwrite)
+    except KeyboardInterrupt:
+        raise DepthpruneError(f"stopped; the same command with --resume finishes {out}") from None
+    if not passed:
+        raise typer.Exit(1)
+
+
+@options.command(app, "list")
+def list_(
+    console: Console,
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="metrics, selectors, recoverers or forms.")],
+    common: Common,
+) -> None:
+    """List what can be asked for by name."""
+    if what not in registry.TABLES:
+        raise OptionError(f"unknown list {what!r}. Available: {', '.join(sorted(registry.TABLES))}")
+    names = registry.names(what)
+    console.result(list(names), "\n".join(names) or f"no {what} in this release")
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"depthprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# typer carries its own copy of click, so its errors are found through what it makes public
+_USAGE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
+def main() -> None:
+    """Run the command line; every mistake of the user ends in one line and exit code 2 (usage) or 1."""
+    warnings.simplefilter("ignore")
+    code: Any = 1
+    try:
+        code = app(standalone_mode=False)
+    except (OptionError, BudgetError) as error:
+        die(str(error))
+        code = 2
+    except DepthpruneError as error:
+        die(str(error))
+    except _USAGE as error:
+        die(error.format_message())
+        code = error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        die("stopped")
+    except OSError as error:
+        die(f"{error.filename or 'writing'}: {error.strerror or error}")
+    sys.exit(code if isinstance(code, int) else 0)

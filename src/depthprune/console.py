@@ -1,0 +1,116 @@
+"""What a person sees: lines, tables and progress bars with time left. No torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from rich.console import Console as Screen
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Console:
+    """Where messages go: progress and remarks to standard error, results to standard output.
+
+    ``quiet`` leaves only results and errors; ``as_json`` makes the result one JSON document; ``log`` keeps every line.
+    """
+
+    def __init__(self, *, quiet: bool = False, as_json: bool = False, log: TextIO | None = None) -> None:
+        self.quiet, self.as_json, self.log = quiet, as_json, log
+        self._err = Screen(stderr=True, highlight=False, soft_wrap=True)
+        self._out = Screen(highlight=False, soft_wrap=True)
+        self._bars: Progress | None = None
+        self._tasks: dict[str, Any] = {}
+
+    def say(self, text: str) -> None:
+        """A remark about what is going on."""
+        if self.log is not None:
+            self.log.write(text + "\n")
+            self.log.flush()
+        if not self.quiet:
+            self._err.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """A warning, shown even when quiet."""
+        if self.log is not None:
+            self.log.write(f"warning: {text}\n")
+        self._err.print(f"warning: {text}", markup=False, style="yellow")
+
+    def result(self, value: Any, text: str | Table | None = None) -> None:
+        """The outcome of a command: as text or a table, or as JSON when asked for."""
+        if self.as_json:
+            print(json.dumps(value, indent=1))
+        elif isinstance(text, Table):
+            self._out.print(text)
+        elif text is not None:
+            self._out.print(text, markup=False)
+
+    def show(self, what: str, done: float, total: float) -> None:
+        """Move the progress bar of some work; it appears with the first call and goes when the work is done."""
+        if self.quiet or not self._err.is_terminal:
+            return
+        if self._bars is None:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
+            self._bars = Progress(*columns, console=self._err, transient=True)
+            self._bars.start()
+        if what not in self._tasks:
+            for task in self._tasks.values():
+                self._bars.remove_task(task)
+            self._tasks = {what: self._bars.add_task(what, total=total)}
+        self._bars.update(self._tasks[what], completed=done, total=total)
+        if done >= total:
+            self.close()
+
+    def close(self) -> None:
+        """Take the progress bar away."""
+        if self._bars is not None:
+            self._bars.stop()
+        self._bars, self._tasks = None, {}
+
+    @contextmanager
+    def warnings(self) -> Iterator[None]:
+        """Show Python warnings as one line each."""
+
+        def show(message: Warning | str, *_: Any, **__: Any) -> None:
+            self.warn(" ".join(str(message).split()))
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = show
+            yield
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> Table:
+    """A plain table, numbers to the right."""
+    made = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def human(count: float) -> str:
+    """A number of bytes or parameters in a few characters: ``7.9M``."""
+    for unit in ("", "k", "M", "G"):
+        if abs(count) < 1000:
+            return f"{count:.0f}{unit}" if unit == "" else f"{count:.1f}{unit}"
+        count /= 1000
+    return f"{count:.1f}T"
+
+
+def die(text: str) -> None:
+    """The one line of an error."""
+    print(f"error: {text.strip()}", file=sys.stderr)

@@ -1,0 +1,203 @@
+"""Options that several commands share, each written once. No torch.
+
+A command takes a group of options as one argument, ``common: Common``; ``command`` unfolds the group into options of
+the command line and folds them up again.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from depthprune.console import Console
+from depthprune.errors import OptionError
+
+if TYPE_CHECKING:
+    from depthprune.data import Data
+    from depthprune.model import Model
+
+
+def option(flag: str, help: str) -> Any:
+    """A command-line option with its help."""
+    return typer.Option(flag, help=help)
+
+
+@dataclass(frozen=True)
+class Common:
+    """What every command takes."""
+
+    seed: Annotated[int, option("--seed", "Seed of every random choice.")] = 0
+    device: Annotated[str | None, option("--device", "cpu, cuda, cuda:1; default: the GPU if there is one.")] = None
+    dtype: Annotated[
+        str | None,
+        option("--dtype", "float32, bfloat16, float16; default: the checkpoint's on a GPU, float32 on a CPU."),
+    ] = None
+    quiet: Annotated[bool, option("--quiet", "Only results, warnings and errors.")] = False
+    as_json: Annotated[bool, option("--json", "The result as JSON on standard output.")] = False
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded."""
+
+    tokenizer: Annotated[str | None, option("--tokenizer", "Another folder or Hub id to take the tokenizer from.")] = (
+        None
+    )
+    revision: Annotated[str | None, option("--revision", "Branch, tag or commit on the Hub.")] = None
+    allow_pickle: Annotated[bool, option("--allow-pickle", "Also read .bin weights, which can run code.")] = False
+    trust_remote_code: Annotated[
+        bool, option("--trust-remote-code", "Run the modelling code that comes with a checkpoint.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How calibration text is read."""
+
+    sequences: Annotated[int, option("--sequences", "Calibration sequences.")] = 64
+    length: Annotated[int, option("--length", "Tokens of a calibration sequence.")] = 512
+    field: Annotated[str, option("--field", "Field of JSONL and Parquet rows; `prompt+response` joins two.")] = "text"
+    memory: Annotated[
+        str | None, option("--memory", "Bound of the engine's streams, such as `4GB`; default: half of what is free.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What may be dropped, and how it is chosen."""
+
+    unit: Annotated[str, option("--unit", "What may go: block, attention, mlp, mixer or any (every sublayer).")] = "any"
+    metric: Annotated[
+        str, option("--metric", "How units are scored: `loss`, `cosine`, `angular:tokens=last`, …; see `list metrics`.")
+    ] = "loss"
+    select: Annotated[
+        str, option("--select", "How units are chosen: `greedy` (lazy), `greedy:exact=true`, `lowest`, `contiguous`.")
+    ] = "greedy"
+    protect: Annotated[
+        str | None,
+        option("--protect", "Units that must stay, as `0,1.mlp`. Default: block 0's attention; `none` lifts it."),
+    ] = None
+
+
+GROUPS = (Common, Loading, Calibration, Choice)
+
+NO_MODEL = """no MODEL given. prune takes a model (a folder or a Hub id), how much to drop, text to choose by, and a run folder:
+
+    depthprune prune MODEL --drop 25% --unit any --data TEXT --out RUN
+
+To see it work first, try the small model that comes with depthprune:
+
+    depthprune prune --demo --out runs/demo"""
+MODEL_HELP = "A folder with config.json and safetensors, or a Hub id."
+DATA_HELP = (
+    "Calibration text: a text, JSONL or Parquet file, a folder, `hub:NAME:CONFIG:SPLIT`, or `a.txt=0.7,b.jsonl=0.3`."
+)
+DROP_HELP = "How much: `25%` of the block parameters, `8 blocks`, `12 attention`, `params<=6e9`, `kv<=50%`."
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+DataOption = Annotated[str, option("--data", DATA_HELP)]
+DropOption = Annotated[str, option("--drop", DROP_HELP)]
+OutOption = Annotated[Path, option("--out", "Where to write the result.")]
+FormOption = Annotated[str, option("--form", "The form to write: hf.")]
+
+
+def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function as a command; its first argument is the console, groups of options are unfolded."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(function, include_extras=True)
+        groups: dict[str, type] = {}
+        own: list[inspect.Parameter] = []
+        shared: list[inspect.Parameter] = []
+        for parameter in list(inspect.signature(function).parameters.values())[1:]:
+            kind = hints[parameter.name]
+            if kind in GROUPS:
+                groups[parameter.name] = kind
+                inner = get_type_hints(kind, include_extras=True)
+                for field in fields(kind):
+                    assert field.default is not MISSING
+                    shared.append(_keyword(field.name, inner[field.name], field.default))
+            else:
+                own.append(_keyword(parameter.name, kind, parameter.default))
+        parameters = own + shared
+
+        @functools.wraps(function)
+        def run(**given: Any) -> None:
+            made = {
+                argument: group(**{field.name: given.pop(field.name) for field in fields(group)})
+                for argument, group in groups.items()
+            }
+            common: Common = made["common"]
+            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+            console = Console(quiet=common.quiet, as_json=common.as_json)
+            try:
+                with console.warnings():
+                    function(console, **given, **made)
+            finally:
+                console.close()
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        del run.__wrapped__  # type: ignore[attr-defined]
+        app.command(name)(run)
+        return run
+
+    return register
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+
+
+def load(model: str, common: Common, loading: Loading | None = None) -> Model:
+    """The model that a command was given."""
+    from depthprune.model import load as load_model
+
+    loading = loading or Loading()
+    return load_model(
+        model,
+        device=common.device,
+        dtype=common.dtype,
+        tokenizer=loading.tokenizer,
+        revision=loading.revision,
+        allow_pickle=loading.allow_pickle,
+        trust_remote_code=loading.trust_remote_code,
+    )
+
+
+def text(source: str, model: Model, calibration: Calibration, common: Common) -> Data:
+    """The calibration text that a command was given."""
+    from depthprune.data import calibrate
+
+    return calibrate(
+        source,
+        model.tokenizer,
+        sequences=calibration.sequences,
+        length=calibration.length,
+        seed=common.seed,
+        field=calibration.field,
+    )
+
+
+def size(written: str | None) -> int | None:
+    """A size such as ``4GB`` in bytes. Raises ``OptionError`` for anything else."""
+    if written is None:
+        return None
+    number, scale = written.strip().upper().removesuffix("B"), 1.0
+    for letter, factor in {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}.items():
+        if number.endswith(letter):
+            number, scale = number[:-1], factor
+    try:
+        amount = int(float(number) * scale)
+    except (ValueError, OverflowError):
+        raise OptionError(f"--memory {written!r} is no size; write 4GB or 500MB") from None
+    if amount <= 0:
+        raise OptionError(f"--memory {written!r} must be more than nothing")
+    return amount

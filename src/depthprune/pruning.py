@@ -1,0 +1,332 @@
+"""The main job: from a model and a budget to a folder that is proven, measured and reported.
+
+    plan -> drop -> write -> check -> eval -> bench -> report
+
+Every stage leaves one file in the run folder, written whole or not at all, and every measured loss is kept, so a run
+that was stopped at any moment goes on where it was.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from depthprune.bench import bench
+from depthprune.console import Console
+from depthprune.data import Data, calibrate, overlap, warn_overlap
+from depthprune.errors import DepthpruneError, OptionError
+from depthprune.evaluate import Windows, perplexity, windows
+from depthprune.export import check_many, expect, export
+from depthprune.files import read_json, write_json
+from depthprune.metrics.stream import DISTANCES
+from depthprune.model import Model, load
+from depthprune.oracle import ModelOracle
+from depthprune.plan import Plan
+from depthprune.planning import candidates, choose, protected, settle
+from depthprune.report import report
+from depthprune.scores import Scores
+from depthprune.surgery import drop
+from depthprune.units import Unit
+
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run was asked to do; a resumed run must be asked for the same."""
+
+    model: str
+    drop: str
+    data: str
+    unit: str = "any"
+    metric: str = "loss"
+    select: str = "greedy"
+    protect: str | None = None
+    text: str | None = None
+    sequences: int = 64
+    length: int = 512
+    window: int | None = None
+    stride: int | None = None
+    windows: int = 256
+    field: str = "text"
+    form: str = "hf"
+    recover: str = "none"
+    bench: bool = True
+    seed: int = 0
+    device: str | None = None
+    dtype: str | None = None
+    tokenizer: str | None = None
+    revision: str | None = None
+    memory: int | None = None
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+
+def prune(
+    settings: Settings, out: str | Path, console: Console, *, resume: bool = False, overwrite: bool = False
+) -> bool:
+    """Do the whole job in a run folder; True if every proof held.
+
+    Raises the errors of the stages; ``OptionError`` where the folder holds another run.
+    """
+    out = Path(out)
+    _claim(settings, out, resume=resume, overwrite=overwrite)
+    console.say(f"loading {settings.model}")
+    model = load_as(settings)
+    budget, unit = settle(settings.drop, settings.unit, model.layout)
+    units = budget.candidates(model.layout, candidates(model.layout, unit, settings.protect))
+    console.say(f"{describe(model)}; {len(units)} units may be dropped")
+    data, text = _texts(settings, model, console)
+    shared = overlap(data, text.data)
+    if warning := warn_overlap(data, text.data):
+        console.warn(warning)
+    if not (out / "plan.json").is_file():
+        oracle = ModelOracle(
+            model,
+            data,
+            metric=settings.metric,
+            units=units,
+            memory=settings.memory,
+            memo=out / "losses.jsonl",
+            show=console.show,
+            say=console.say,
+        )
+        plan = choose(oracle, budget, units, unit=unit, select=settings.select, seed=settings.seed)
+        write_json(out / "scores.json", scores(oracle, unit, settings))
+        plan.save(out / "plan.json")
+    plan = Plan.load(out / "plan.json")
+    console.say(f"dropping {plan.describe()}, measured {plan.why.get('evaluations')} variants")
+    smaller = drop(model, plan)
+    expected = expect(model, plan)
+    if not (out / "model").is_dir():
+        export(smaller, out / "model", settings.form)
+    if not (out / "check.json").is_file():
+        console.say("proving it in a fresh process")
+        proofs = check_many({out / "model": expected}, device=str(model.device))[out / "model"]
+        passed = all(proof.passed for proof in proofs)
+        write_json(out / "check.json", {"format": 1, "passed": passed, "proofs": [p.to_json() for p in proofs]})
+        for proof in proofs:
+            console.say(f"  {'ok  ' if proof.passed else 'FAIL'} {proof.name}: {proof.detail}")
+    pair = {"dense": model, "pruned": smaller}
+    if not (out / "eval.json").is_file():
+        write_json(out / "eval.json", evaluate(pair, text, console, overlap=shared, folder=out / "model"))
+    if settings.bench and not (out / "bench.json").is_file():
+        console.say("measuring speed, the two in turn")
+        write_json(out / "bench.json", speed(pair, settings.length))
+    page = report(out)
+    passed = bool(read_json(out / "check.json")["passed"])
+    summary = summarize(out)
+    console.result(
+        summary | {"report": str(page), "passed": passed}, "\n".join(_lines(summary, out, page, passed=passed))
+    )
+    return passed
+
+
+def load_as(settings: Settings) -> Model:
+    """The model as the settings say."""
+    return load(
+        settings.model,
+        revision=settings.revision,
+        device=settings.device,
+        dtype=settings.dtype,
+        tokenizer=settings.tokenizer,
+        allow_pickle=settings.allow_pickle,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def describe(model: Model) -> str:
+    """A model in a line."""
+    layout = model.layout
+    return (
+        f"{type(model.net).__name__}: {len(layout.blocks)} blocks, {model.parameters:,} parameters "
+        f"({layout.parameters:,} in blocks), {layout.kv_bytes_per_token:,} bytes of KV cache per token"
+    )
+
+
+def _claim(settings: Settings, out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Take the run folder, or refuse it: another run's is only replaced when asked, and only resumed as it was."""
+    asked = {key: value for key, value in asdict(settings).items() if value is not None}
+    if out.exists() and not out.is_dir():
+        raise OptionError(f"--out {out} is a file; name a folder")
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / "run.json").is_file():
+            raise OptionError(f"--out {out} holds something that is no run of depthprune; name another folder")
+        if resume:
+            before = read_json(out / "run.json").get("settings")
+            if before != asked:
+                named = sorted(key for key in {*before, *asked} if before.get(key) != asked.get(key))
+                differ = ", ".join(f"{key} was {before.get(key)!r}, now {asked.get(key)!r}" for key in named)
+                raise OptionError(f"--resume: {out} was started with other settings: {differ}")
+            return
+        if not overwrite:
+            raise OptionError(
+                f"--out {out} holds a run already; add --resume to finish it or --overwrite to replace it"
+            )
+        try:
+            shutil.rmtree(out)
+        except OSError as error:
+            raise DepthpruneError(f"cannot replace {out}: {error.strerror}") from None
+    write_json(out / "run.json", {"format": 1, "settings": asked, "command": command(settings, out)})
+
+
+def command(settings: Settings, out: Path) -> str:
+    """The command line that makes this run."""
+    words = ["depthprune", "prune", settings.model, "--out", str(out)]
+    for key, value in asdict(settings).items():
+        if key == "model" or value is None or value == Settings.__dataclass_fields__[key].default:
+            continue
+        flag = f"--{key.replace('_', '-')}"
+        words += ["--no-bench"] if key == "bench" else [flag] if value is True else [flag, str(value)]
+    return " ".join(f"'{word}'" if set(word) & set(" %<>=&;") else word for word in words)
+
+
+def _texts(settings: Settings, model: Model, console: Console) -> tuple[Data, Windows]:
+    """The calibration rows, and the windows to evaluate on: another text, or rows of the same that are not used."""
+    options: dict[str, Any] = {"length": settings.length, "seed": settings.seed, "field": settings.field}
+    if settings.text is not None:
+        data = calibrate(settings.data, model.tokenizer, sequences=settings.sequences, **options)
+        window = settings.window or settings.length
+        cut: dict[str, Any] = {
+            "window": window,
+            "stride": settings.stride,
+            "limit": settings.windows,
+            "field": settings.field,
+        }
+        return data, windows(settings.text, model.tokenizer, **cut)
+    extra = max(1, settings.sequences // 2)
+    rows = calibrate(settings.data, model.tokenizer, sequences=settings.sequences + extra, **options)
+    if rows.sequences < 2:
+        raise DepthpruneError(
+            f"{rows.name} holds one sequence of {settings.length} tokens: too few to choose on one and evaluate on another; "
+            f"give more text, --text FILE, or a smaller --length"
+        )
+    held = min(extra, max(1, rows.sequences // 3))
+    data = rows.head(rows.sequences - held)
+    held_out = rows.tail(held)
+    console.say(f"no --text: evaluating on {held} other rows of the calibration text; an independent text is better")
+    scored = held_out.mask.clone()
+    scored[:, 0] = False
+    return data, Windows(held_out, scored, settings.length)
+
+
+def scores(oracle: ModelOracle, unit: str, settings: Settings) -> dict[str, Any]:
+    """``scores.json`` of a run: every metric that is known or costs one walk, and what was protected."""
+    layout = oracle.model.layout
+    found: dict[str, Scores] = dict(oracle.streams("all"))
+    if oracle.metric not in DISTANCES or settings.select.startswith("greedy"):
+        found = {"loss": oracle.leave_one_out()} | found
+    every = (*layout.units("block"), *(u for u in layout.units("any") if u.sublayer))
+    kept = [str(u) for u in protected(layout, unit, settings.protect)]
+    return scores_json(oracle.model, found, every) | {"protected": kept}
+
+
+def scores_json(model: Model, found: Mapping[str, Scores], units: Sequence[Unit]) -> dict[str, Any]:
+    """Scores with the units they are of, as plain values."""
+    layout = model.layout
+    return {
+        "format": 1,
+        "model": {"id": model.reference.id, "blocks": len(layout.blocks)},
+        "layout": [
+            {"unit": str(u), "kind": layout.kind(u), "parameters": layout.freed(frozenset((u,)))} for u in units
+        ],
+        "protected": [],
+        "metrics": {name: measured.to_json() for name, measured in found.items()},
+    }
+
+
+def evaluate(
+    models: Mapping[str, Model],
+    text: Windows,
+    console: Console,
+    *,
+    overlap: float | None = None,
+    folder: Path | None = None,
+) -> dict[str, Any]:
+    """``eval.json``: the perplexity and sizes of several models on one text."""
+    entries = []
+    for name, model in models.items():
+        measured = perplexity(model, text, show=console.show)
+        files = list(folder.glob("*.safetensors")) if folder is not None and model.plan is not None else []
+        entries.append(
+            {
+                "name": name,
+                "path": model.reference.id if not files else "model",
+                "perplexity": measured.perplexity,
+                "loss": measured.loss,
+                "parameters": model.parameters,
+                "bytes": sum(file.stat().st_size for file in files) or model.bytes,
+                "kv_bytes_per_token": model.layout.kv_bytes_per_token,
+            }
+        )
+        console.say(f"  {name}: perplexity {measured.perplexity:.3f} over {measured.tokens:,} tokens")
+    described = text.data.describe()
+    head = {"name": described["name"], "tokens": int(text.scored.sum()), "digest": described["digest"]}
+    return {
+        "format": 1,
+        "text": head,
+        "window": text.data.length,
+        "stride": text.stride,
+        "overlap": overlap,
+        "models": entries,
+    }
+
+
+def speed(
+    models: Mapping[str, Model], length: int, *, batch: int = 1, prompt: int = 256, new: int = 32
+) -> dict[str, Any]:
+    """``bench.json``: prefill and decoding speed, the models in turn; shorter where the model has fewer positions."""
+    limits = [
+        getattr(m.net.config.get_text_config(decoder=True), "max_position_embeddings", None) for m in models.values()
+    ]
+    room = min([limit for limit in limits if isinstance(limit, int) and limit > 0] or [1 << 30])
+    if prompt + new > room:
+        new = max(1, min(new, room // 4))
+        prompt = max(1, room - new)
+    nets = {name: model.net for name, model in models.items()}
+    return bench(nets, batch=batch, prompt=prompt, new=new, repeats=REPEATS)
+
+
+def summarize(out: Path) -> dict[str, Any]:
+    """What a run found, in a few numbers."""
+    plan, measured = Plan.load(out / "plan.json"), read_json(out / "eval.json")["models"]
+    dense, pruned = measured[0], measured[-1]
+    summary: dict[str, Any] = {
+        "drop": [str(unit) for unit in plan.drop],
+        "evaluations": plan.why.get("evaluations"),
+        "perplexity": [dense["perplexity"], pruned["perplexity"]],
+        "parameters": [dense["parameters"], pruned["parameters"]],
+        "bytes": [dense["bytes"], pruned["bytes"]],
+        "kv_bytes_per_token": [dense["kv_bytes_per_token"], pruned["kv_bytes_per_token"]],
+    }
+    if (out / "bench.json").is_file():
+        first, *_, last = read_json(out / "bench.json")["models"]
+        for name in ("prefill_ms", "decode_ms_per_token"):
+            if first.get(name) is not None:
+                summary[name] = [first[name], last[name]]
+    return summary
+
+
+def _lines(summary: Mapping[str, Any], out: Path, page: Path, *, passed: bool) -> list[str]:
+    names = {
+        "perplexity": "perplexity",
+        "parameters": "parameters",
+        "bytes": "bytes on disk",
+        "kv_bytes_per_token": "KV cache bytes per token",
+        "prefill_ms": "prefill, ms",
+        "decode_ms_per_token": "decode, ms per token",
+    }
+    lines = [f"{'':26}{'dense':>14}{'pruned':>14}{'ratio':>9}"]
+    for key, name in names.items():
+        if key in summary:
+            before, after = summary[key]
+            form = ",.0f" if isinstance(before, int) else ",.2f"
+            ratio = f"{after / before:.3f}x" if before else ""
+            lines.append(f"{name:26}{before:>14{form}}{after:>14{form}}{ratio:>9}")
+    lines += ["", f"dropped: {' '.join(summary['drop'])}"]
+    lines += [f"proofs:  {'every one held' if passed else 'FAILED, see the report'}"]
+    lines += [f"model:   {out / 'model'}", f"report:  {page}"]
+    return lines

@@ -1,0 +1,128 @@
+"""Selectors that only rank, against brute force over every choice there is."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from depthprune.budget import Budget
+from depthprune.errors import BudgetError
+from depthprune.select.rank import Selection, Step, contiguous, lowest
+from depthprune.units import Unit, parse
+from fakes import FakeOracle, anything, sizes, sublayers, whole
+
+BLOCKS, PARTS = whole(7), sublayers(5)
+BUDGETS = ["20%", "55%", "3 units", "params<=70%", "kv<=60%", "kv<=15"]
+
+
+def scored(units: tuple[Unit, ...], seed: int, *, ties: bool = False) -> FakeOracle:
+    draw = np.random.default_rng(seed).uniform(-1, 1, len(units))
+    values = np.round(draw) if ties else draw
+    return FakeOracle(anything(seed), sizes(units, seed), scores=dict(zip(units, values.tolist(), strict=True)))
+
+
+def assert_minimal(selection: Selection, oracle: FakeOracle, budget: Budget) -> None:
+    """The budget is met, and was not met before the last removal."""
+    assert budget.met(oracle.ledger, selection.units)
+    assert not budget.met(oracle.ledger, selection.units[:-1])
+
+
+@pytest.mark.parametrize("text", BUDGETS)
+@pytest.mark.parametrize("units", [BLOCKS, PARTS], ids=["blocks", "sublayers"])
+@pytest.mark.parametrize("seed", range(4))
+def test_lowest_drops_the_lowest_scores_until_the_budget_is_met(text: str, units: tuple[Unit, ...], seed: int) -> None:
+    oracle = scored(units, seed)
+    budget = Budget.parse(text, oracle.ledger)
+    able = budget.candidates(oracle.ledger, units)
+    selection = lowest(oracle, able, budget)
+    scores = oracle.scores()
+    # Of all sets of that size, none has a lower sum; and no smaller set of the lowest is enough.
+    best = min(itertools.combinations(able, len(selection.units)), key=lambda some: sum(scores[unit] for unit in some))
+    assert set(selection.units) == set(best)
+    assert [step.score for step in selection.steps] == sorted(scores[unit] for unit in best)
+    assert_minimal(selection, oracle, budget)
+    assert selection.nested and selection.evaluations == 0 and oracle.asked == []
+
+
+def test_lowest_breaks_ties_in_the_order_of_execution() -> None:
+    oracle = scored(PARTS, 0, ties=True)
+    scores = oracle.scores()
+    selection = lowest(oracle, PARTS, Budget.parse("7 units", oracle.ledger))
+    expected: list[Unit] = []
+    for value in sorted(set(scores.values())):
+        expected += [unit for unit in PARTS if scores[unit] == value]
+    assert len(set(scores.values())) <= 3 and selection.units == tuple(expected[:7])
+
+
+def test_lowest_is_nested() -> None:
+    oracle = scored(PARTS, 3)
+    choices = [lowest(oracle, PARTS, Budget.parse(f"{count} units", oracle.ledger)).units for count in range(1, 9)]
+    assert all(longer[: len(shorter)] == shorter for shorter, longer in itertools.pairwise(choices))
+
+
+def test_units_that_are_no_candidates_are_never_chosen() -> None:
+    oracle = scored(PARTS, 1)
+    protected = sorted(PARTS, key=lambda unit: oracle.scores()[unit])[:3]  # those it would like best
+    left = tuple(unit for unit in PARTS if unit not in protected)
+    for selector in (lowest, contiguous):
+        assert not set(protected) & set(selector(oracle, left, Budget.parse("30%", oracle.ledger)).units)
+
+
+def naive_runs(units: tuple[Unit, ...], enough: Callable[[tuple[Unit, ...]], bool]) -> list[tuple[Unit, ...]]:
+    """Every run of neighbours that is enough, and is not enough without its last unit."""
+    runs = [units[i:j] for i, j in itertools.combinations(range(len(units) + 1), 2)]
+    near = [run for run in runs if all(b.block - a.block in (0, 1) for a, b in itertools.pairwise(run))]
+    return [run for run in near if enough(run) and not enough(run[:-1])]
+
+
+@pytest.mark.parametrize("text", BUDGETS)
+@pytest.mark.parametrize("units", [BLOCKS, PARTS], ids=["blocks", "sublayers"])
+@pytest.mark.parametrize("seed", range(4))
+def test_contiguous_drops_the_best_run(text: str, units: tuple[Unit, ...], seed: int) -> None:
+    oracle = scored(units, seed)
+    budget = Budget.parse(text, oracle.ledger)
+    able = budget.candidates(oracle.ledger, units)
+    runs = naive_runs(able, lambda run: budget.met(oracle.ledger, run))
+    best = min(runs, key=oracle.mean)
+    selection = contiguous(oracle, able, budget)
+    assert selection.units == best
+    assert all(step.score == pytest.approx(oracle.mean(best), abs=1e-12) for step in selection.steps)
+    assert_minimal(selection, oracle, budget)
+    assert not selection.nested and selection.evaluations == len(runs)
+    assert set(oracle.asked) == {frozenset(run) for run in runs}
+
+
+def test_contiguous_goes_around_protected_blocks() -> None:
+    for protected in BLOCKS:
+        left = tuple(unit for unit in BLOCKS if unit != protected)
+        for seed in range(5):
+            oracle = scored(BLOCKS, seed)
+            chosen = [unit.block for unit in contiguous(oracle, left, Budget.parse("2 blocks", oracle.ledger)).units]
+            assert chosen[1] == chosen[0] + 1 and protected.block not in chosen
+
+
+def test_contiguous_takes_the_first_of_equals() -> None:
+    oracle = FakeOracle(lambda gone: np.ones(2), sizes(BLOCKS))
+    assert contiguous(oracle, BLOCKS, Budget.parse("2 blocks", oracle.ledger)).units == BLOCKS[:2]
+
+
+def test_contiguous_says_when_no_run_is_long_enough() -> None:
+    oracle = scored(BLOCKS, 0)
+    left = parse(["0", "1", "3", "4", "6"])
+    assert len(contiguous(oracle, left, Budget.parse("2 blocks", oracle.ledger)).units) == 2
+    with pytest.raises(BudgetError) as caught:
+        contiguous(oracle, left, Budget.parse("3 blocks", oracle.ledger))
+    assert str(caught.value).startswith("no run of consecutive units meets --drop '3 blocks'; protect fewer units")
+
+
+def test_steps_as_json_leave_out_what_is_not_known() -> None:
+    unit, other = parse(["1.mlp", "2"])
+    assert Step(unit).to_json() == {"unit": "1.mlp"}
+    assert Step(unit, score=0.5).to_json() == {"unit": "1.mlp", "score": 0.5}
+    assert Step(unit, 2.5, 0.1, (other,)).to_json() == {"unit": "1.mlp", "loss": 2.5, "se": 0.1, "ties": ["2"]}
+    assert Step(unit, 0.0, 0.0).to_json() == {"unit": "1.mlp", "loss": 0.0, "se": 0.0}
+    assert Step(unit, 2.5, math.nan).to_json() == {"unit": "1.mlp", "loss": 2.5}  # JSON has no NaN
