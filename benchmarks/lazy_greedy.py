@@ -79,7 +79,8 @@ def main() -> None:
                 result["rows"].append(row)
                 print(
                     f"seed {seed} {unit:9} {select:20} evaluations {row['evaluations']:4} {row['seconds']:7.1f} s"
-                    f"  calibration {row['calibration_loss']:.4f}  test {row['test_perplexity']:.2f} ({row['ratio']:.3f}x)"
+                    f"  calibration {row['calibration_loss']:.4f}"
+                    f"  test {row['test_perplexity']:.2f} ({row['ratio']:.3f}x)"
                     f"  freed {row['fraction']:.3f}  {' '.join(row['drop'])}",
                     flush=True,
                 )

@@ -59,7 +59,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str, ledger: Ledger) -> Budget:
-        """Read a budget for one model. Raises ``BudgetError`` for text that is none, or that asks for nothing or all."""
+        """Read a budget for one model. Raises ``BudgetError`` for text that is none, or asks for nothing or all."""
         given = text.strip().lower()
         if match := _COUNT.fullmatch(given):
             kind = match[2].rstrip("s")
@@ -108,6 +108,7 @@ class Budget:
         if most < self.amount - 1e-6 or not able:
             what = {"count": "units", "parameters": "parameters", "kv": "bytes of KV cache per token"}[self.measure]
             raise BudgetError(
-                f"--drop {self.text!r} asks for {self.amount:,.0f} {what}, but the {len(able)} units that may be dropped have {most:,.0f}"
+                f"--drop {self.text!r} asks for {self.amount:,.0f} {what}, "
+                f"but the {len(able)} units that may be dropped have {most:,.0f}"
             )
         return able

@@ -29,7 +29,7 @@ from depthprune.options import (
 
 app = typer.Typer(
     name="depthprune",
-    help="Make deep language models shallower: find the layers a model can do without, drop them, prove that the result loads.",
+    help="Make language models shallower: find the layers one can do without, drop them, prove that the result loads.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",

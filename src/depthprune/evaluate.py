@@ -56,9 +56,9 @@ def windows(
 ) -> Windows:
     """Cut the text of files (or a list of documents) in windows that step by ``stride`` (default: the window).
 
-    Every window starts with BOS where the tokenizer wants it; each token is predicted exactly once, in the first window
-    that holds it, so all but the first window give at least ``window - stride`` tokens of context. The last window may be
-    shorter and is padded. ``limit`` keeps the first windows only.
+    Every window starts with BOS where the tokenizer wants it; each token is predicted exactly once, in the first
+    window that holds it, so all but the first window give at least ``window - stride`` tokens of context. The last
+    window may be shorter and is padded. ``limit`` keeps the first windows only.
     Raises ``DataError`` for text of fewer than two tokens, ``OptionError`` for a stride outside 1..window.
     """
     front = list(opening(tokenizer))
@@ -113,7 +113,7 @@ def perplexity(model: Model, text: Windows, *, show: Show | None = None) -> Perp
     positions = getattr(model.net.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < tokens.shape[1]:
         raise DataError(
-            f"windows of {tokens.shape[1]} tokens are longer than the model's {positions} positions; pass --window {positions}"
+            f"windows of {tokens.shape[1]} tokens exceed the model's {positions} positions; pass --window {positions}"
         )
     rows = max(1, min(LOGITS // (vocabulary * tokens.shape[1]), 8192 // tokens.shape[1]))
     total = 0.0

@@ -27,7 +27,7 @@ KIND_OF_NAME: tuple[tuple[str, Kind], ...] = (
     ("mixer", "mixer"),
 )
 
-# Children that act as one sublayer though they are declared apart: all are dropped together, in this order of execution.
+# Children that act as one sublayer though they are declared apart: dropped together, in this order of execution.
 TOGETHER: tuple[tuple[str, ...], ...] = (("fc1", "fc2"),)
 KIND_TOGETHER: Kind = "mlp"
 

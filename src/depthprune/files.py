@@ -48,8 +48,8 @@ def read_json(path: str | Path) -> Any:
 def new_folder(path: str | Path) -> Iterator[Path]:
     """Fill a folder beside its place and rename it in when all went well; leave nothing behind when not.
 
-    An existing folder is replaced in the last moment, and put back should that fail. Raises ``DepthpruneError`` where the
-    place cannot be written, as when the disk is full.
+    An existing folder is replaced in the last moment, and put back should that fail.
+    Raises ``DepthpruneError`` where the place cannot be written, as when the disk is full.
     """
     path = Path(path).resolve() if Path(path).is_symlink() else Path(path)
     part, old = _beside(path, "part"), _beside(path, "replaced")

@@ -1,8 +1,8 @@
 """Layout: where the blocks of a model are, which sublayers each has, and the proof that they can be dropped.
 
-*Find* the outermost module list as long as the layer count. *Guess* sublayers: a block's weighted children that are no
-norms. *Prove*: with every sublayer returning zeros the block must be the identity, exactly. That means residual branches
-only, nothing else in the block, zero = absent; it is what dropping a sublayer has to mean.
+*Find* the outermost module list as long as the layer count. *Guess* sublayers: a block's weighted children that are
+no norms. *Prove*: with every sublayer returning zeros the block must be the identity, exactly. That means residual
+branches only, nothing else in the block, zero = absent; it is what dropping a sublayer has to mean.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ class Layout:
     def gone(self, units: frozenset[Unit] | set[Unit] | tuple[Unit, ...]) -> dict[int, frozenset[str] | None]:
         """What each touched block loses: the names of its dropped sublayers, or ``None`` for the whole block.
 
-        This is the canonical form: all sublayers of a block are the block. Raises ``PlanError`` for units that do not exist.
+        This is the canonical form: all sublayers of a block are the block.
+        Raises ``PlanError`` for units that do not exist.
         """
         lost: dict[int, set[str] | None] = {}
         for unit in units:
@@ -260,7 +261,8 @@ def _cache_numbers(net: nn.Module, modules: list[nn.Module], tokens: Tensor) -> 
     layers = getattr(cache, "layers", None) or []
     result = []
     for module in modules:
-        slots = {child.layer_idx for child in module.modules() if isinstance(getattr(child, "layer_idx", None), int)}
+        numbers = (getattr(child, "layer_idx", None) for child in module.modules())
+        slots = {number for number in numbers if isinstance(number, int)}
         total = 0
         for slot in slots:
             for name in ("keys", "values"):
@@ -339,7 +341,7 @@ def _prove(block: nn.Module, sublayers: tuple[Sublayer, ...], call: Call, stream
         try:
             after = call.run(block, stream)
         except (TypeError, ValueError, RuntimeError, StopIteration, AttributeError) as error:
-            return f"with {names} returning zeros it fails ({type(error).__name__}), so they are no plain residual branches"
+            return f"with {names} returning zeros it fails ({type(error).__name__}): no plain residual branches"
     if after.shape != stream.shape:
         return f"with {names} returning zeros it changes the shape of the stream"
     gap = (after - stream).abs().max().item()

@@ -66,7 +66,8 @@ def load(
 
     ``device`` defaults to the GPU if there is one; ``dtype`` to the checkpoint's own on a GPU, float32 on a CPU;
     ``tokenizer`` to the model's folder.
-    Raises ``CheckpointError`` where weights are missing, truncated or mismatched, ``LayoutError`` where no blocks are found.
+    Raises ``CheckpointError`` where weights are missing, truncated or mismatched, ``LayoutError`` where no blocks are
+    found.
     """
     source = str(source)
     if _looks_local(source) and not Path(source).is_dir():
@@ -144,7 +145,7 @@ def _tokenizer(source: str, options: dict[str, Any]) -> Any:
 def _translated(source: str) -> Iterator[None]:
     """Turn the many ways in which a checkpoint can be broken into one line."""
     progress = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -159,7 +160,7 @@ def _translated(source: str) -> Iterator[None]:
         raise CheckpointError(f"{what} {source}: {text}") from None
     finally:
         if progress:
-            transformers.utils.logging.enable_progress_bar()
+            transformers.utils.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _line(error: Exception) -> str:

@@ -75,7 +75,7 @@ class Choice:
 
     unit: Annotated[str, option("--unit", "What may go: block, attention, mlp, mixer or any (every sublayer).")] = "any"
     metric: Annotated[
-        str, option("--metric", "How units are scored: `loss`, `cosine`, `angular:tokens=last`, …; see `list metrics`.")
+        str, option("--metric", "How units are scored: `loss`, `cosine`, `angular:tokens=last`, …; `list metrics`.")
     ] = "loss"
     select: Annotated[
         str, option("--select", "How units are chosen: `greedy` (lazy), `greedy:exact=true`, `lowest`, `contiguous`.")
@@ -88,7 +88,7 @@ class Choice:
 
 GROUPS = (Common, Loading, Calibration, Choice)
 
-NO_MODEL = """no MODEL given. prune takes a model (a folder or a Hub id), how much to drop, text to choose by, and a run folder:
+NO_MODEL = """no MODEL given. prune takes a model (folder or Hub id), how much to drop, text to choose by, a run folder:
 
     depthprune prune MODEL --drop 25% --unit any --data TEXT --out RUN
 
@@ -145,7 +145,7 @@ def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[...
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        del run.__wrapped__  # type: ignore[attr-defined]
+        del run.__wrapped__
         app.command(name)(run)
         return run
 

@@ -59,7 +59,7 @@ class ModelOracle:
 
     @property
     def evaluations(self) -> int:
-        """How many different thinned models were asked for: a resumed search counts what it had measured before, too."""
+        """How many different thinned models were asked for, those that an earlier run had measured included."""
         return len(self._asked)
 
     def note(self, text: str) -> None:
@@ -137,7 +137,7 @@ class ModelOracle:
             file.write(json.dumps(line) + "\n")
 
     def _recall(self, memo: Path) -> None:
-        """Read what an earlier run measured; a last line cut short by a crash is dropped, another model's file ignored."""
+        """Read what an earlier run measured; a line cut short by a crash is dropped, another model's file ignored."""
         lines = []
         for text in memo.read_text(encoding="utf-8").splitlines():
             try:

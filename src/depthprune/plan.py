@@ -85,7 +85,8 @@ class Plan:
             planned, actual = getattr(self.model, name), getattr(reference, name)
             if planned is not None and actual is not None and planned != actual:
                 raise PlanError(
-                    f"this plan is for {self.model.id} ({name} {_short(planned)}), not for {reference.id} ({name} {_short(actual)})"
+                    f"this plan is for {self.model.id} ({name} {_short(planned)}), "
+                    f"not for {reference.id} ({name} {_short(actual)})"
                 )
         if self.stand_in:
             raise PlanError(

@@ -75,7 +75,7 @@ def settle(budget: str, unit: str, layout: Layout) -> tuple[Budget, str]:
 def candidates(layout: Layout, unit: str, protect: str | Sequence[Unit | str] | None = None) -> tuple[Unit, ...]:
     """The units of a kind that may be dropped: all but the protected ones, and blocks that hold a protected one.
 
-    Raises ``LayoutError``-like ``BudgetError`` where there are none, ``PlanError`` for protected units that do not exist.
+    Raises ``BudgetError`` where there are none, ``PlanError`` for protected units that do not exist.
     """
     units = layout.units(unit)
     if not units:

@@ -201,7 +201,7 @@ def _texts(settings: Settings, model: Model, console: Console) -> tuple[Data, Wi
     rows = calibrate(settings.data, model.tokenizer, sequences=settings.sequences + extra, **options)
     if rows.sequences < 2:
         raise DepthpruneError(
-            f"{rows.name} holds one sequence of {settings.length} tokens: too few to choose on one and evaluate on another; "
+            f"{rows.name} holds one sequence of {settings.length} tokens: too few to choose and evaluate on; "
             f"give more text, --text FILE, or a smaller --length"
         )
     held = min(extra, max(1, rows.sequences // 3))

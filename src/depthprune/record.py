@@ -8,7 +8,7 @@ block can be called alone on any stream.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,11 +168,8 @@ def record(
 
         return forward
 
-    with forwards([(block, recorder(index)) for index, block in enumerate(blocks)]):
-        try:
-            net(**inputs(tokens, mask), use_cache=False)
-        except _Enough:
-            pass
+    with forwards([(block, recorder(index)) for index, block in enumerate(blocks)]), suppress(_Enough):
+        net(**inputs(tokens, mask), use_cache=False)
     if len(calls) != len(blocks):
         raise LayoutError(f"this model called {len(calls)} of its {len(blocks)} blocks")
     return Recording(streams[0], tuple(calls))

@@ -9,9 +9,9 @@ transformers is adopting, and as ``depthprune``, which adds what is needed to bu
     {"version": 1, "block": "LlamaDecoderLayer", "skip": {"3": {"self_attn": 2, "input_layernorm": -1}},
      "tombstone": "3.input_layernorm.weight"}
 
-A number is what the part returns: -1 its input (a norm), 0 zeros, n a tuple of n that starts with zeros. One dropped
-tensor is kept as an empty *tombstone*, so that a loader that knows nothing of this fails on its shape instead of filling
-the missing weights with random numbers.
+A number is what the part returns: -1 its input (a norm), 0 zeros, n a tuple of n that starts with zeros. One
+dropped tensor is kept as an empty *tombstone*, so that a loader that knows nothing of this fails on its shape instead
+of filling the missing weights with random numbers.
 """
 
 from typing import Any

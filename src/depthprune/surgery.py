@@ -49,13 +49,13 @@ def without(model: Model, units: Iterable[Unit | str]) -> Iterator[Model]:
     """
     gone = model.layout.gone(parse(tuple(units)))
     blocks = blocks_of(model.net, model.layout)
-    config = vars(model.net.config.get_text_config(decoder=True))  # type: ignore[operator, union-attr]
+    config = vars(model.net.config.get_text_config(decoder=True))
     before = {key: config[key] for key in ("kv_sharing_modes",) if key in config}
     slots = [
         (module, module.layer_idx) for block in blocks for module in block.modules() if hasattr(module, "layer_idx")
     ]
     try:
-        cache_slots(model.net.config.get_text_config(decoder=True), blocks, _cacheless(model.layout, gone))  # type: ignore[operator, union-attr]
+        cache_slots(model.net.config.get_text_config(decoder=True), blocks, _cacheless(model.layout, gone))
         with forwards(mutes(blocks, model.layout, gone)):
             yield model
     finally:
@@ -210,7 +210,7 @@ def clone(net: nn.Module) -> nn.Module:
 def _differs(model: Model, net: nn.Module, gone: dict[int, frozenset[str] | None]) -> str:
     """Compare the cut network with the muted original on a probe; say by how much they differ, if they do."""
     device = next(net.parameters()).device
-    vocabulary = model.net.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocabulary = model.net.get_input_embeddings().weight.shape[0]
     tokens = torch.randint(vocabulary, PROBE, generator=torch.Generator().manual_seed(2)).to(device)
     try:
         with forwards(mutes(blocks_of(model.net, model.layout), model.layout, gone)):

@@ -51,3 +51,70 @@ def text(*, padded: bool = False, rows: int = 3, length: int = 20, seed: int = 0
         mask[-1, 2:] = False
         tokens = tokens * mask
     return Data(tokens, mask, "random", digest(tokens, mask), seed, ())
+
+
+# Families with blocks whose sublayers cannot be proven, and what the reason given must say.
+NO_SUBLAYERS: dict[str, str] = {
+    "gemma3n_text": "'laurel'",  # several streams run side by side; a block mixes them
+    "gemma4_text": "'per_layer_input_gate'",  # each block also adds a per-layer embedding
+    "openai_gpt": "no plain residual branches",  # the block's norms come after the addition
+    "opt_postnorm": "zero is not absent",  # as openai_gpt
+    "bloom": "zero is not absent",  # its sublayers add the residual themselves
+    "mpt": "zero is not absent",  # its MLP adds the residual itself
+    "dbrx": "zero is not absent",  # its attention lies inside a part that is called a norm
+    "doge": "zero is not absent",  # it scales the residual
+    "rwkv": "zero is not absent",  # block 0 has a norm of its own for the embedding; the others are proven
+    "zamba": "'shared_transf'",  # blocks with the shared transformer add its output before their mixer
+    "zamba2": "'linear'",  # as zamba
+    "minimax": "zero is not absent",  # what it adds to is the output of its norms, not the stream
+    "bert": "'intermediate'",  # post-norm; its parts are spread over three children
+    "roberta": "'intermediate'",
+    "electra": "'intermediate'",
+    "deberta_v2": "'intermediate'",
+    "distilbert": "zero is not absent",  # post-norm
+}
+SOME_SUBLAYERS = {"rwkv", "zamba", "zamba2"}  # those of the above where other blocks are proven
+
+ONE_ATTENTION = "drops every attention"  # the positions of the cache are counted where keys are written
+# Plans that ``drop`` refuses, and what it must say.
+REFUSED: dict[tuple[str, str], str] = {
+    ("gemma3n_text", "block"): "the shape (96, 40)",  # its embeddings hold a slice for every block
+    ("gemma3n_text", "blocks"): "no model can be built",
+    ("gemma4_text", "block"): "cannot be shortened",  # head sizes live in a per-layer configuration
+    ("gemma4_text", "blocks"): "cannot be shortened",
+    ("rwkv", "block"): "layers_are_rescaled",  # it counts on rescaling every sixth block
+    ("rwkv", "blocks"): "tensors that are not there",  # the first block has one norm more
+    ("rwkv", "attention"): "does not run",  # a state goes from part to part
+    ("rwkv", "mlp"): "does not run",
+    ("rwkv", "mixed"): "layers_are_rescaled",
+    ("zamba", "blocks"): "no model can be built",  # the shared block's weights are tied by number
+    ("zamba2", "block"): "does not run",  # the shared blocks take turns by number
+    ("zamba2", "blocks"): "something else",
+    ("zamba2", "mixer"): "does not run",
+    ("lfm2", "blocks"): ONE_ATTENTION,
+    ("lfm2", "attention"): ONE_ATTENTION,
+    ("lfm2", "mixed"): ONE_ATTENTION,
+    ("lfm2_moe", "blocks"): ONE_ATTENTION,
+    ("lfm2_moe", "attention"): ONE_ATTENTION,
+    ("lfm2_moe", "mixed"): ONE_ATTENTION,
+    ("qwen3_next", "blocks"): ONE_ATTENTION,
+    ("qwen3_next", "attention"): ONE_ATTENTION,
+    ("qwen3_next", "mixed"): ONE_ATTENTION,
+    ("qwen3_5_text", "blocks"): ONE_ATTENTION,
+    ("qwen3_5_text", "attention"): ONE_ATTENTION,
+    ("qwen3_5_text", "mixed"): ONE_ATTENTION,
+    ("olmo_hybrid", "blocks"): ONE_ATTENTION,
+    ("olmo_hybrid", "attention"): ONE_ATTENTION,
+    ("olmo_hybrid", "mixed"): ONE_ATTENTION,
+    ("minimax", "block"): "num_hidden_layers to 3",  # its attention scales with the number of blocks
+    ("distilbert", "block"): "n_layers to 3",  # the stack keeps the count that it was built with
+    ("distilbert", "blocks"): "n_layers to 2",
+}
+# Plans that can be dropped and written, but whose folder cannot be loaded: the check after writing must say so.
+FAILED_PROOF: dict[tuple[str, str], str] = {
+    ("falcon_h1", "mixer"): "mup_vector",  # the model reaches into its mixers while it is built
+}
+# Families where a block alone is not what the model computes: one plain forward for each variant.
+PLAIN_FORWARDS: dict[str, str] = {"gemma3n_text": "later blocks read the keys of earlier ones"}
+# Blocks without which a family does not run at all.
+NOT_WITHOUT: dict[str, set[int]] = {"gemma3n_text": {2, 3}}  # they make the keys that the last two read

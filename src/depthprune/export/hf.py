@@ -107,7 +107,7 @@ def _modelling(net: Any, folder: Path) -> dict[str, str]:
             "",
             "    @classmethod",
             "    def is_custom_code(cls) -> bool:",
-            '        """Convert and initialise weights as for the stock class, whose name this one keeps for that reason."""',
+            '        """Convert and initialise weights as for the stock class; hence its name, too."""',
             "        return False",
         ]
     (folder / f"{MODELLING}.py").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -118,7 +118,7 @@ class _quiet:
     """No progress bars from transformers for a moment."""
 
     def __enter__(self) -> None:
-        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *_: object) -> None:
-        transformers.utils.logging.enable_progress_bar()
+        transformers.utils.logging.enable_progress_bar()  # type: ignore[no-untyped-call]

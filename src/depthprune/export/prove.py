@@ -2,10 +2,10 @@
 
 Reads a request (JSON) from its first argument and prints one JSON line per folder. Each item of the request:
 
-    {"path": …, "auto": "AutoModelForCausalLM", "route": "plain" | "remote" | "aware", "device": …, "dtype": …, "probe": …}
+    {"path": …, "auto": "AutoModelForCausalLM", "route": "plain", "device": …, "dtype": …, "probe": …}
 
-``plain`` loads with stock transformers alone, ``remote`` with ``trust_remote_code=True``, ``aware`` after
-``import depthprune``. ``probe`` is a safetensors file with ``tokens`` (B, T) and, if there is a reference, its ``logits``.
+Route ``plain`` loads with stock transformers alone, ``remote`` with ``trust_remote_code=True``, ``aware`` after
+``import depthprune``. ``probe`` is a safetensors file with ``tokens`` (B, T) and, if there is a reference, ``logits``.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ def generation_gap(net: Any, tokens: torch.Tensor) -> float | None:
     )
     cached = torch.stack(out.logits, 1)
     full = net(out.sequences, use_cache=False).logits[:, prompt.shape[1] - 1 : -1]
-    return (cached.float() - full.float()).abs().max().item()
+    return float((cached.float() - full.float()).abs().max())
 
 
 @torch.no_grad()
@@ -76,8 +76,8 @@ def examine(item: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Examine every folder of the request; a folder that cannot be loaded is an answer too."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with open(sys.argv[1], encoding="utf-8") as file:
         request = json.load(file)
     for item in request:

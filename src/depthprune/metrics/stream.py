@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 def _cosine(x: Tensor, y: Tensor) -> Tensor:
     """Block influence: ``1 - cos(x, y)`` (ShortGPT, eq. 1; A deeper look at depth pruning; LLM-Drop)."""
-    return 1 - torch.nn.functional.cosine_similarity(x, y, dim=-1)
+    similarity: Tensor = torch.nn.functional.cosine_similarity(x, y, dim=-1)
+    return 1 - similarity
 
 
 def _angular(x: Tensor, y: Tensor) -> Tensor:
@@ -44,7 +45,8 @@ def _l1(x: Tensor, y: Tensor) -> Tensor:
 
 def _l2(x: Tensor, y: Tensor) -> Tensor:
     """Update norm ``|y - x|_2`` (A deeper look at depth pruning)."""
-    return torch.linalg.vector_norm(y - x, dim=-1)
+    norm: Tensor = torch.linalg.vector_norm(y - x, dim=-1)
+    return norm
 
 
 def _relative_l1(x: Tensor, y: Tensor) -> Tensor:
@@ -54,7 +56,8 @@ def _relative_l1(x: Tensor, y: Tensor) -> Tensor:
 
 def _relative_l2(x: Tensor, y: Tensor) -> Tensor:
     """Relative update norm ``|y - x|_2 / |x|_2`` (A deeper look at depth pruning)."""
-    return _l2(x, y) / torch.linalg.vector_norm(x, dim=-1)
+    size: Tensor = torch.linalg.vector_norm(x, dim=-1)
+    return _l2(x, y) / size
 
 
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 from depthprune.budget import Budget, Ledger
@@ -113,4 +114,4 @@ def contiguous(oracle: Oracle, candidates: Sequence[Unit], budget: Budget) -> Se
 
 def _consecutive(window: tuple[Unit, ...]) -> bool:
     """Whether no block lies between the units of a window that is not in it (a protected one, say)."""
-    return all(later.block - earlier.block <= 1 for earlier, later in zip(window, window[1:], strict=False))
+    return all(later.block - earlier.block <= 1 for earlier, later in pairwise(window))

@@ -67,7 +67,7 @@ def greedy(
 
 
 def _step(unit: Unit, losses: Losses, base: Losses, measured: list[tuple[Unit, Losses]]) -> Step:
-    """Write down a choice: the loss it leaves, the error of its rise, and the contenders that noise cannot tell apart."""
+    """Write down a choice: the loss it leaves, the error of its rise, and contenders within the noise."""
     both = Losses.join(losses, base)
     _, error = both.difference(0, 1)
     ties = []

@@ -1,0 +1,262 @@
+"""The real oracle: every set is measured once, a crash costs nothing that was measured, and foreign memos are ignored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from depthprune import oracle as module
+from depthprune.data import Data, digest
+from depthprune.errors import OptionError
+from depthprune.model import Model, wrap
+from depthprune.oracle import ModelOracle
+from depthprune.planning import select
+from depthprune.scores import Losses, Scores, paired
+from depthprune.units import Unit, parse
+from depthprune.variants import losses
+from families import tiny
+
+
+def text(seed: int = 0, *, rows: int = 4, length: int = 12, padded: bool = False) -> Data:
+    tokens = torch.randint(3, 96, (rows, length), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    if padded:
+        for row in range(1, rows):
+            mask[row, length - 2 * row :] = False
+        tokens = tokens * mask
+    return Data(tokens, mask, "random tokens", digest(tokens, mask), seed, ())
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return wrap(tiny("llama"), None, "tiny-llama")
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[list[frozenset[Unit]]]:
+    """The sets that reach the engine, call by call."""
+    calls: list[list[frozenset[Unit]]] = []
+
+    def counted(model: Model, data: Data, variants: Sequence[Iterable[Unit]], **options: Any) -> Losses:
+        calls.append([frozenset(units) for units in variants])
+        return losses(model, data, variants, **options)
+
+    monkeypatch.setattr(module, "losses", counted)
+    return calls
+
+
+def sets(*names: str) -> list[frozenset[Unit]]:
+    return [frozenset(parse(part.split())) for part in names]
+
+
+def test_answers_are_those_of_the_engine_in_the_order_asked(model: Model) -> None:
+    asked = sets("2", "", "1.mlp 3.self_attn", "2")
+    for data in (text(), text(padded=True)):
+        answer = ModelOracle(model, data).losses(asked)
+        expected = losses(model, data, asked)
+        np.testing.assert_allclose(answer.nll, expected.nll, rtol=1e-6)
+        assert answer.tokens.tolist() == expected.tokens.tolist()
+        assert answer.tokens.sum() == data.predicted
+
+
+def test_each_set_is_measured_once(model: Model, measured: list[list[frozenset[Unit]]]) -> None:
+    oracle = ModelOracle(model, text())
+    first = oracle.losses(sets("", "1", "1", "0.mlp 1"))
+    assert measured == [sets("", "1", "0.mlp 1")] and oracle.evaluations == 3
+    second = oracle.losses(sets("1", "2.mlp", "1 0.mlp", ""))
+    assert measured[1:] == [sets("2.mlp")] and oracle.evaluations == 4
+    assert second.nll[[0, 2, 3]].tolist() == first.nll[[1, 3, 0]].tolist()
+    oracle.losses(sets("2.mlp"))
+    assert len(measured) == 2 and oracle.evaluations == 4
+
+
+def test_scores_are_measured_once_for_its_units(model: Model, measured: list[list[frozenset[Unit]]]) -> None:
+    units = parse(["1", "3", "2.mlp"])
+    oracle = ModelOracle(model, text(), units=units)
+    scores = oracle.scores()
+    assert tuple(scores) == units and oracle.scores() is scores
+    assert measured == [sets("", "1", "3", "2.mlp")]
+    found = losses(model, text(), sets("", "1", "3", "2.mlp"))
+    for row, unit in enumerate(units, start=1):
+        rise, error = paired(found.nll[row], found.nll[0], found.tokens)
+        assert scores[unit] == pytest.approx(rise, abs=1e-6)
+        assert oracle.scored().errors[unit] == pytest.approx(error, abs=1e-6)
+    assert oracle.scored().dense == pytest.approx(float(found.mean()[0]), abs=1e-6)
+    assert oracle.leave_one_out().values == scores and len(measured) == 1
+
+
+def test_without_units_it_scores_all_there_are(model: Model) -> None:
+    oracle = ModelOracle(model, text(), metric="cosine")
+    assert tuple(oracle.scores()) == model.layout.units("any") and len(oracle.scores()) == 8
+    assert oracle.evaluations == 0 and oracle.ledger is model.layout
+
+
+def test_a_function_is_a_metric_and_a_wrong_name_is_none(model: Model) -> None:
+    def backwards(oracle: ModelOracle, units: Sequence[Unit]) -> Scores:
+        return Scores("backwards", {unit: -float(unit.block) for unit in units})
+
+    oracle = ModelOracle(model, text(), metric=backwards, units=parse(["1", "3"]))
+    assert oracle.metric == "backwards" and oracle.scored().ranked() == parse(["3", "1"])
+    with pytest.raises(OptionError, match=r"unknown metric 'cosin'\. Did you mean 'cosine'"):
+        ModelOracle(model, text(), metric="cosin")
+    with pytest.raises(OptionError, match=r"unknown tokens='first' .*Available: all, last"):
+        ModelOracle(model, text(), metric="cosine:tokens=first").scores()
+
+
+# Windows
+
+
+def block_streams(model: Model, data: Data) -> list[Tensor]:
+    """What goes into each block, and what comes out of the last, by hooks on a plain forward."""
+    streams: list[Tensor] = []
+    layers = model.net.model.layers
+    hooks = [layer.register_forward_pre_hook(lambda _, args: streams.append(args[0])) for layer in layers]
+    hooks.append(layers[-1].register_forward_hook(lambda _module, _args, output: streams.append(output)))
+    with torch.no_grad():
+        model.net(data.tokens, attention_mask=data.mask.long())
+    for hook in hooks:
+        hook.remove()
+    return streams
+
+
+@pytest.mark.parametrize("tokens", ["all", "last"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_windows_of_blocks_are_distances_across_them(model: Model, tokens: str, padded: bool) -> None:
+    data = text(padded=padded)
+    streams = block_streams(model, data)
+    windows = [parse(names) for names in (["0"], ["1", "2"], ["2", "3"], ["0", "1", "2", "3"], ["3"])]
+    found = ModelOracle(model, data, metric=f"angular:tokens={tokens}").windows(windows)
+    for window, value in zip(windows, found, strict=True):
+        before, after = streams[window[0].block].double(), streams[window[-1].block + 1].double()
+        angles = torch.cosine_similarity(before, after, dim=-1).clamp(-1, 1).arccos() / torch.pi
+        rows = [row[mask][-1:] if tokens == "last" else row[mask] for row, mask in zip(angles, data.mask, strict=True)]
+        assert value == pytest.approx(torch.cat(rows).mean().item(), rel=1e-5)
+
+
+def test_windows_of_sublayers_are_sums(model: Model) -> None:
+    oracle = ModelOracle(model, text(), metric="cosine")
+    windows = [parse(["0.mlp"]), parse(["1.self_attn", "1.mlp", "2.self_attn"])]
+    scores = oracle.scores()
+    assert oracle.windows(windows) == pytest.approx([sum(scores[unit] for unit in window) for window in windows])
+    blocks = ModelOracle(model, text(), metric="cosine", units=model.layout.units("block"))
+    spans, sums = blocks.windows([parse(["1", "2"])])[0], sum(blocks.scores()[unit] for unit in parse(["1", "2"]))
+    assert abs(spans - sums) > 1e-3  # so a sum in place of a span would be seen above
+
+
+def test_windows_under_loss_are_rises(model: Model, measured: list[list[frozenset[Unit]]]) -> None:
+    oracle = ModelOracle(model, text())
+    windows = [parse(["1", "2"]), parse(["0.mlp"])]
+    found = oracle.windows(windows)
+    mean = losses(model, text(), sets("", "1 2", "0.mlp")).mean()
+    assert found == pytest.approx([mean[1] - mean[0], mean[2] - mean[0]], abs=1e-6)
+    assert measured == [sets("", "1 2", "0.mlp")] and oracle.evaluations == 3
+
+
+# Memos
+
+
+def test_a_memo_saves_every_measurement(
+    model: Model, tmp_path: Path, measured: list[list[frozenset[Unit]]]
+) -> None:
+    memo = tmp_path / "losses.jsonl"
+    asked = sets("", "1", "0.mlp 2.self_attn")
+    first = ModelOracle(model, text(), memo=memo)
+    answer = first.losses(asked)
+    lines = [json.loads(line) for line in memo.read_text().splitlines()]
+    assert lines[0] == {"fingerprint": model.reference.fingerprint, "digest": text().digest}
+    assert [line["gone"] for line in lines[1:]] == [[], ["1"], ["0.mlp", "2.self_attn"]]
+    second = ModelOracle(model, text(), memo=memo)
+    assert second.evaluations == 0  # nothing was asked yet
+    assert second.losses(asked).nll.tolist() == answer.nll.tolist()  # to the last bit
+    assert second.evaluations == 3 and len(measured) == 1
+    second.losses(sets("3"))
+    assert measured[1:] == [sets("3")] and len(memo.read_text().splitlines()) == 5
+
+
+def other_memos(model: Model) -> dict[str, tuple[Model, Data]]:
+    return {"another model": (wrap(tiny("llama", seed=1), None, "other"), text()), "another text": (model, text(1))}
+
+
+@pytest.mark.parametrize("case", ["another model", "another text"])
+def test_a_memo_of_something_else_is_ignored(
+    case: str, model: Model, tmp_path: Path, measured: list[list[frozenset[Unit]]]
+) -> None:
+    memo = tmp_path / "losses.jsonl"
+    other, data = other_memos(model)[case]
+    ModelOracle(other, data, memo=memo).losses(sets("", "1"))
+    answer = ModelOracle(model, text(), memo=memo).losses(sets("", "1"))
+    assert len(measured) == 2
+    assert answer.nll.tolist() == losses(model, text(), sets("", "1")).nll.tolist()
+    assert json.loads(memo.read_text().splitlines()[0])["fingerprint"] == model.reference.fingerprint
+    assert len(memo.read_text().splitlines()) == 3
+
+
+def test_a_memo_with_a_forged_header_would_give_wrong_answers(model: Model, tmp_path: Path) -> None:
+    """The twin: were the header not compared, the losses of the other text would be taken for ours."""
+    memo = tmp_path / "losses.jsonl"
+    ModelOracle(model, text(1), memo=memo).losses(sets("", "1"))
+    memo.write_text(memo.read_text().replace(text(1).digest, text().digest))
+    wrong = ModelOracle(model, text(), memo=memo).losses(sets("", "1"))
+    assert wrong.nll.tolist() != losses(model, text(), sets("", "1")).nll.tolist()
+
+
+def test_a_search_resumes_wherever_it_was_cut(
+    model: Model, tmp_path: Path, measured: list[list[frozenset[Unit]]]
+) -> None:
+    """Cut the memo anywhere, in a line too: the plan is the same, with its counts, and nothing known is measured again."""
+    memo = tmp_path / "losses.jsonl"
+    plan = select(model, "3 units", data=text(), memo=memo)
+    whole = memo.read_bytes()
+    total = sum(map(len, measured))
+    assert plan.why["evaluations"] == total > 8 and len(whole.splitlines()) == total + 1
+    for cut in [0, 1, 90, *range(200, len(whole), 501), len(whole) - 1, len(whole)]:
+        memo.write_bytes(whole[:cut])
+        kept = max(0, whole[:cut].count(b"\n") - 1) + (cut == len(whole) - 1)
+        measured.clear()
+        assert select(model, "3 units", data=text(), memo=memo) == plan
+        assert sum(map(len, measured)) == total - kept
+        assert memo.read_bytes() == whole
+
+
+def test_junk_after_a_crash_is_dropped(model: Model, tmp_path: Path) -> None:
+    """Some file systems fill what was not written with zeros, or with bytes that are no text."""
+    memo = tmp_path / "losses.jsonl"
+    ModelOracle(model, text(), memo=memo).losses(sets("", "1", "2"))
+    whole = memo.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for junk in (b"\0" * 100, b"\xff\xfe\n", b"\n\n", b"17\n", b'{"gone": ["1"]}\n', b'{"gone": ["x"], "nll": [1]}\n'):
+        memo.write_bytes(b"".join(lines[:-1]) + junk)
+        oracle = ModelOracle(model, text(), memo=memo)
+        oracle.losses(sets("", "1", "2"))
+        assert oracle.evaluations == 3 and memo.read_bytes() == whole
+
+
+# What it tells
+
+
+def test_progress_and_notes_are_passed_on(model: Model) -> None:
+    seen: list[tuple[str, float, float]] = []
+    notes: list[str] = []
+    oracle = ModelOracle(model, text(), metric="cosine", show=lambda *told: seen.append(told), say=notes.append)
+    oracle.losses(sets("", "1"))
+    oracle.losses(sets("2"))
+    oracle.scores()
+    oracle.note("a line")
+    assert list(dict.fromkeys(what for what, _, _ in seen)) == [
+        "measuring 2 variants",
+        "measuring 1 variant",
+        "walking through the blocks",
+    ]
+    for what in {what for what, _, _ in seen}:
+        done = [part for told, part, _ in seen if told == what]
+        total = {whole for told, _, whole in seen if told == what}
+        assert done == sorted(done) and len(total) == 1 and done[-1] == total.pop()
+    assert notes == ["a line"]
+    ModelOracle(model, text()).note("nobody listens")
