@@ -20,6 +20,7 @@ class FakeLedger:
 
     sizes: Mapping[Unit, int]
     caches: Mapping[Unit, int] = field(default_factory=dict)
+    vital: frozenset[Unit] = frozenset()  # units that cannot all go
     outside: int = 0
 
     @property
@@ -35,6 +36,9 @@ class FakeLedger:
 
     def kv_freed(self, units: frozenset[Unit]) -> int:
         return sum(size for part, size in self.caches.items() if part in units or part.whole in units)
+
+    def viable(self, units: frozenset[Unit]) -> bool:
+        return not self.vital or not self.vital <= units
 
 
 class FakeOracle:

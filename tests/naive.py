@@ -38,7 +38,9 @@ class Zero(nn.Module):
 
 def stack_of(net: nn.Module) -> nn.ModuleList:
     """The blocks: the first module list of four or six, whichever way they are named."""
-    return next(m for m in net.modules() if isinstance(m, nn.ModuleList) and len(m) in (4, 6) and len(m[0]._modules) > 1)
+    return next(
+        m for m in net.modules() if isinstance(m, nn.ModuleList) and len(m) in (4, 6) and len(m[0]._modules) > 1
+    )
 
 
 @torch.no_grad()

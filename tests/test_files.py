@@ -22,7 +22,7 @@ def listing(folder: Path) -> dict[str, str]:
 
 
 def fails_at(call: int, original: Callable[..., None]) -> Callable[..., None]:
-    """A function that raises a full disk at one of its calls."""
+    """The function, with a full disk at one of its calls."""
     calls = 0
 
     def maybe(*args: object, **options: object) -> None:
@@ -173,9 +173,9 @@ def test_what_a_killed_run_left_behind_is_cleared_away(tmp_path: Path) -> None:
 
 def test_a_file_in_the_way_of_a_folder_stays(tmp_path: Path) -> None:
     (tmp_path / "model").write_text("a file")
-    with pytest.raises(DepthpruneError, match="cannot write .*model: Not a directory"):
+    with pytest.raises(DepthpruneError, match=r"cannot write .*model: Not a directory"):
         fill(tmp_path / "model", "new")
-    with pytest.raises(DepthpruneError, match="cannot write .*below: "):
+    with pytest.raises(DepthpruneError, match=r"cannot write .*below: "):
         fill(tmp_path / "model" / "below", "new")
     assert listing(tmp_path) == {"model": "a file"}
 

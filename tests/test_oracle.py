@@ -1,4 +1,4 @@
-"""The real oracle: every set is measured once, a crash costs nothing that was measured, and foreign memos are ignored."""
+"""The real oracle: each set is measured once, a crash loses nothing that was measured, foreign memos are ignored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from depthprune import oracle as module
 from depthprune.data import Data, digest
-from depthprune.errors import OptionError
+from depthprune.errors import CheckpointError, OptionError
 from depthprune.model import Model, wrap
 from depthprune.oracle import ModelOracle
 from depthprune.planning import select
@@ -162,15 +162,17 @@ def test_windows_under_loss_are_rises(model: Model, measured: list[list[frozense
 # Memos
 
 
-def test_a_memo_saves_every_measurement(
-    model: Model, tmp_path: Path, measured: list[list[frozenset[Unit]]]
-) -> None:
+def test_a_memo_saves_every_measurement(model: Model, tmp_path: Path, measured: list[list[frozenset[Unit]]]) -> None:
     memo = tmp_path / "losses.jsonl"
     asked = sets("", "1", "0.mlp 2.self_attn")
     first = ModelOracle(model, text(), memo=memo)
     answer = first.losses(asked)
     lines = [json.loads(line) for line in memo.read_text().splitlines()]
-    assert lines[0] == {"fingerprint": model.reference.fingerprint, "digest": text().digest}
+    assert lines[0] == {
+        "fingerprint": model.reference.fingerprint,
+        "digest": text().digest,
+        "dtype": "torch.float32",
+    }
     assert [line["gone"] for line in lines[1:]] == [[], ["1"], ["0.mlp", "2.self_attn"]]
     second = ModelOracle(model, text(), memo=memo)
     assert second.evaluations == 0  # nothing was asked yet
@@ -210,7 +212,7 @@ def test_a_memo_with_a_forged_header_would_give_wrong_answers(model: Model, tmp_
 def test_a_search_resumes_wherever_it_was_cut(
     model: Model, tmp_path: Path, measured: list[list[frozenset[Unit]]]
 ) -> None:
-    """Cut the memo anywhere, in a line too: the plan is the same, with its counts, and nothing known is measured again."""
+    """Cut the memo anywhere, in a line too: the plan and its counts are the same, and nothing known is done again."""
     memo = tmp_path / "losses.jsonl"
     plan = select(model, "3 units", data=text(), memo=memo)
     whole = memo.read_bytes()
@@ -236,6 +238,33 @@ def test_junk_after_a_crash_is_dropped(model: Model, tmp_path: Path) -> None:
         oracle = ModelOracle(model, text(), memo=memo)
         oracle.losses(sets("", "1", "2"))
         assert oracle.evaluations == 3 and memo.read_bytes() == whole
+
+
+# A model that computes no numbers
+
+
+def damaged(name: str) -> Model:
+    net = tiny("llama")
+    with torch.no_grad():
+        net.get_parameter(name).view(-1)[5] = torch.nan
+    return wrap(net, None, "damaged")
+
+
+@pytest.mark.parametrize("select_by", ["greedy", "lowest", "contiguous"])
+def test_a_model_without_a_loss_is_refused_and_not_remembered(select_by: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        select(damaged("lm_head.weight"), "3 units", data=text(), select=select_by, memo=tmp_path / "losses.jsonl")
+    assert str(caught.value).startswith("the loss is not a number for damaged on random tokens: its weights are ")
+    assert not (tmp_path / "losses.jsonl").exists()
+
+
+def test_a_unit_without_a_score_is_refused(model: Model) -> None:
+    def half(oracle: ModelOracle, units: Sequence[Unit]) -> Scores:
+        return Scores("half", {unit: np.nan if unit.sublayer == "mlp" else np.inf for unit in units})
+
+    with pytest.raises(CheckpointError, match=r"^half of 0\.mlp is not a number for tiny-llama on random tokens: "):
+        ModelOracle(model, text(), metric=half).scores()
+    assert ModelOracle(model, text(), metric=half, units=parse(["0.self_attn"])).scores()  # infinite damage is damage
 
 
 # What it tells

@@ -52,7 +52,11 @@ def test_any_plan_makes_the_round_trip(plan: Plan) -> None:
 
 def test_a_file_has_one_unit_and_one_step_per_line() -> None:
     lines = [line.strip().rstrip(",") for line in PLAN.to_json().splitlines()]
-    assert [line for line in lines if line in ('"2.self_attn"', '"1"', '"3.mlp"')] == ['"2.self_attn"', '"1"', '"3.mlp"']
+    assert [line for line in lines if line in ('"2.self_attn"', '"1"', '"3.mlp"')] == [
+        '"2.self_attn"',
+        '"1"',
+        '"3.mlp"',
+    ]
     assert [json.loads(line) for line in lines if line.startswith('{"unit"')] == STEPS
 
 
@@ -106,7 +110,10 @@ MALFORMED = {
     "model as text": (MINIMAL | {"model": "m"}, "does not name its model"),
     "no id": (MINIMAL | {"model": {"blocks": 4}}, "does not name its model"),
     "id as number": (MINIMAL | {"model": {"id": 4}}, "does not name its model"),
-    "more in model": (MINIMAL | {"model": {"id": "m", "sha": "1", "layers": 2}}, "unknown fields in model: layers, sha"),
+    "more in model": (
+        MINIMAL | {"model": {"id": "m", "sha": "1", "layers": 2}},
+        "unknown fields in model: layers, sha",
+    ),
     "blocks as text": (MINIMAL | {"model": {"id": "m", "blocks": "36"}}, "model.blocks must be a number, not '36'"),
     "blocks as truth": (MINIMAL | {"model": {"id": "m", "blocks": True}}, "model.blocks must be a number, not True"),
     "print as number": (MINIMAL | {"model": {"id": "m", "fingerprint": 1}}, "model.fingerprint must be text, not 1"),
@@ -223,6 +230,6 @@ def test_a_full_disk_keeps_the_old_plan(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(DepthpruneError, match="cannot write .*: No space left on device"):
+    with pytest.raises(DepthpruneError, match=r"cannot write .*: No space left on device"):
         PLAN.prefix(1).save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == PLAN

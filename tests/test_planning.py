@@ -64,7 +64,7 @@ def test_the_first_attention_is_protected_by_default(layout: Layout) -> None:
     assert candidates(layout, "block") == layout.units("block")  # then the next block's attention is the first
 
 
-@pytest.mark.parametrize("none", ["none", "None ", ()])
+@pytest.mark.parametrize("none", ["none", "None ", ("none",)])
 def test_none_protects_nothing(layout: Layout, none: str | Sequence[str]) -> None:
     for unit in ("any", "attention", "mlp", "block"):
         assert candidates(layout, unit, none) == layout.units(unit)
@@ -73,7 +73,8 @@ def test_none_protects_nothing(layout: Layout, none: str | Sequence[str]) -> Non
 @pytest.mark.parametrize(
     ("given", "unit", "left"),
     [
-        ("1.mlp,2", "any", ["0.self_attn", "0.mlp", "1.self_attn", "3.self_attn", "3.mlp"]),
+        ("1.mlp,2", "any", ["0.mlp", "1.self_attn", "3.self_attn", "3.mlp"]),  # the default holds, too
+        ("none,1.mlp,2", "any", ["0.self_attn", "0.mlp", "1.self_attn", "3.self_attn", "3.mlp"]),
         ("1.mlp 2", "mlp", ["0.mlp", "3.mlp"]),
         ("1.mlp, 2", "block", ["0", "3"]),  # a block that holds a protected part stays
         (["0.self_attn", Unit("", 3)], "block", ["1", "2"]),
@@ -103,7 +104,7 @@ def test_protecting_what_is_not_there_is_refused(layout: Layout, given: str, say
 
 
 def test_a_kind_without_members_is_refused_with_the_reason(layout: Layout, bloom: Model) -> None:
-    with pytest.raises(BudgetError, match="^this model has no unit of kind mixer that can be dropped$"):
+    with pytest.raises(BudgetError, match=r"^this model has no unit of kind mixer that can be dropped$"):
         candidates(layout, "mixer")
     for unit in ("attention", "mlp"):
         with pytest.raises(BudgetError) as caught:
@@ -118,7 +119,7 @@ def test_an_unknown_kind_is_an_unknown_option(model: Model) -> None:
     for call in (lambda: select(model, "25%", data=DATA, unit="layer"), lambda: score(model, DATA, unit="layer")):
         with pytest.raises(OptionError) as caught:
             call()
-        assert str(caught.value) == "unknown unit 'layer'. Available: block, attention, mlp, mixer, any"
+        assert str(caught.value) == "unknown unit 'layer'. Available: any, attention, block, mixer, mlp"
 
 
 # Budgets with a kind
@@ -216,7 +217,7 @@ def test_greedy_takes_the_best_of_all_first_steps(model: Model) -> None:
 def test_the_budget_may_be_met_by_one_kind_of_many(model: Model) -> None:
     assert {unit.sublayer for unit in select(model, "2 mlp", data=DATA).drop} == {"mlp"}
     assert {unit.sublayer for unit in select(model, "2 blocks", data=DATA).drop} == {""}
-    assert select(model, "2 attention", data=DATA, protect="1,2").drop in (
+    assert select(model, "2 attention", data=DATA, protect="none,1,2").drop in (
         parse(["0.self_attn", "3.self_attn"]),
         parse(["3.self_attn", "0.self_attn"]),
     )

@@ -26,7 +26,7 @@ LEVELS = {
     for level, names in enumerate(
         (
             "errors files registry units scores plan select",
-            "layout families record model surgery shrink skip data rows sources dist demo",
+            "layout families record model surgery shrink skip data rows sources hub dist demo",
             "walk variants oracle metrics recover export evaluate bench",
             "run charts report cli __init__ __main__",
         )

@@ -15,7 +15,9 @@ from depthprune.errors import OptionError
 from depthprune.registry import TABLES, find, names
 
 
-def sample(oracle: object, *, on: bool = False, many: int = 1, rate: float = 0.5, word: str = "", odd: Any = None) -> None:
+def sample(
+    oracle: object, *, on: bool = False, many: int = 1, rate: float = 0.5, word: str = "", odd: Any = None
+) -> None:
     """A function with an option of every type; ``odd`` has none that a command line could give."""
 
 

@@ -341,7 +341,7 @@ def test_names_are_escaped(tmp_path: Path) -> None:
 def test_without_escaping_a_name_would_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planted = environment()
     planted.autoescape = False
-    monkeypatch.setattr("depthprune.report._environment", lambda: planted)
+    monkeypatch.setattr(sys.modules["depthprune.report"], "_environment", lambda: planted)
     made = minimal_plan() | {"model": {"id": "<script>alert(1)</script>"}}
     assert "script" in [tag for tag, _ in page(write(tmp_path, plan=made)).tags]
 

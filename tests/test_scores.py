@@ -103,7 +103,7 @@ def test_scores_become_json() -> None:
     assert Scores("cosine", {one: 0.5}).to_json() == {"data": {}, "units": {"1": {"score": 0.5}}}
 
 
-LEVEL_0 = "errors files units plan budget scores registry select.rank select.search".split()
+LEVEL_0 = ["errors", "files", "units", "plan", "budget", "scores", "registry", "select.rank", "select.search"]
 
 
 def _heavy_after(statement: str) -> set[str]:

@@ -12,8 +12,9 @@ import pytest
 from depthprune.budget import Budget
 from depthprune.errors import BudgetError
 from depthprune.select.rank import Selection, Step, contiguous, lowest
+from depthprune.select.search import greedy
 from depthprune.units import Unit, parse
-from fakes import FakeOracle, anything, sizes, sublayers, whole
+from fakes import FakeLedger, FakeOracle, anything, sizes, sublayers, whole
 
 BLOCKS, PARTS = whole(7), sublayers(5)
 BUDGETS = ["20%", "55%", "3 units", "params<=70%", "kv<=60%", "kv<=15"]
@@ -126,3 +127,19 @@ def test_steps_as_json_leave_out_what_is_not_known() -> None:
     assert Step(unit, 2.5, 0.1, (other,)).to_json() == {"unit": "1.mlp", "loss": 2.5, "se": 0.1, "ties": ["2"]}
     assert Step(unit, 0.0, 0.0).to_json() == {"unit": "1.mlp", "loss": 0.0, "se": 0.0}
     assert Step(unit, 2.5, math.nan).to_json() == {"unit": "1.mlp", "loss": 2.5}  # JSON has no NaN
+    assert Step(unit, math.inf, math.nan, score=math.inf).to_json() == {"unit": "1.mlp"}
+
+
+def test_the_last_of_the_vital_units_stays() -> None:
+    units = sublayers(3)
+    ledger = FakeLedger(dict.fromkeys(units, 10), vital=frozenset(parse(["0.self_attn", "1.self_attn", "2.self_attn"])))
+    cheap = {unit: 0.0 if unit.sublayer == "self_attn" else 1.0 for unit in units}
+    oracle = FakeOracle(lambda gone: np.array([sum(cheap[unit] for unit in gone)] * 2), ledger, scores=cheap)
+    for select in (lowest, greedy):
+        chosen = select(oracle, units, Budget.parse("50%", ledger)).units
+        assert sum(unit.sublayer == "self_attn" for unit in chosen) == 2 and len(chosen) == 3
+        with pytest.raises(BudgetError, match="every attention"):
+            select(oracle, units, Budget.parse("95%", ledger))
+    free = FakeLedger(dict.fromkeys(units, 10))  # the twin: nothing vital, so all attentions may go
+    chosen = lowest(FakeOracle(oracle.damage, free, scores=cheap), units, Budget.parse("50%", free)).units
+    assert sum(unit.sublayer == "self_attn" for unit in chosen) == 3

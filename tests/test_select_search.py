@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from depthprune.units import Unit, parse
 from fakes import Damage, FakeLedger, FakeOracle, anything, growing, shrinking, sizes, sublayers, whole
 
 PARTS = sublayers(6)
-DAMAGES = {
+DAMAGES: dict[str, Callable[[int], Damage]] = {
     "anything": anything,
     "growing": lambda seed: growing(PARTS, seed),
     "shrinking": lambda seed: shrinking(PARTS, seed),
@@ -184,7 +184,7 @@ def test_a_runner_up_that_is_always_a_little_worse_is_none() -> None:
 
 
 def test_the_border_is_one_standard_error() -> None:
-    # Differences 0 and 2g over two rows of one length: mean g, standard error g. Shifted by a hair, it is above or below.
+    # Differences 0 and 1 over two rows of one length: mean 0.5, standard error 0.5. A shift decides.
     for shift, ties in ((-0.01, ("1",)), (0.01, ())):
         selection = one_step({"0": [1, 2], "1": [1 + shift, 3 + shift], "2": [9, 9]})
         assert selection.units == parse(["0"]) and selection.steps[0].ties == parse(ties)
@@ -208,6 +208,6 @@ def test_one_sequence_tells_no_ties() -> None:
 
 
 def test_the_error_of_a_step_is_that_of_its_rise() -> None:
-    losses = {"0": [1.0, 2.0, 4.0], "1": [9, 9, 9], "2": [9, 9, 9]}
+    losses: dict[str, list[float]] = {"0": [1, 2, 4], "1": [9, 9, 9], "2": [9, 9, 9]}
     step = one_step(losses).steps[0]
     assert step.error == pytest.approx(np.std(losses["0"], ddof=1) / math.sqrt(3))

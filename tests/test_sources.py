@@ -14,7 +14,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from depthprune import sources
+from depthprune import hub, sources
 from depthprune.errors import DataError
 from depthprune.sources import Source, documents, parse, split
 
@@ -216,6 +216,7 @@ def test_the_address_of_a_data_set_is_passed_on(monkeypatch: pytest.MonkeyPatch)
         return iter([{"text": "a"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub, "away", lambda: "")
     assert read("hub:allenai/c4:en:validation") == ["a"]
     assert calls == [(("allenai/c4", "en"), {"split": "validation", "streaming": True})]
     for wrong in ("hub:", "hub:allenai/c4:en", "hub:a:b:c:d:e"):

@@ -55,7 +55,8 @@ def test_blocks_sort_by_number_and_stand_before_their_sublayers() -> None:
 def test_parse_leaves_units_as_they_are() -> None:
     mine = Unit("", 3, "mlp")
     assert parse(["1", mine]) == (Unit("", 1), mine)
-    assert parse(iter(["1", mine]))[1] is mine
+    both: list[str | Unit] = ["1", mine]
+    assert parse(iter(both))[1] is mine
     assert parse([]) == ()
 
 

@@ -44,6 +44,9 @@ class Ledger(Protocol):
     def kv_freed(self, units: frozenset[Unit]) -> int:
         """Bytes of KV cache per token that dropping these units frees."""
 
+    def viable(self, units: frozenset[Unit]) -> bool:
+        """Whether a model is left: not every block gone, and not every attention."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -97,6 +100,13 @@ class Budget:
     def met(self, ledger: Ledger, gone: Collection[Unit]) -> bool:
         """Whether dropping these units is enough."""
         return self.spent(ledger, frozenset(gone)) >= self.amount - 1e-6
+
+    def insist(self, ledger: Ledger, gone: Collection[Unit]) -> None:
+        """Raise ``BudgetError`` where these units are not enough, as when the rest is what makes it a model."""
+        if not self.met(ledger, gone):
+            raise BudgetError(
+                f"--drop {self.text!r} cannot be met: it would take every block, or every attention; ask for less"
+            )
 
     def candidates(self, ledger: Ledger, units: Iterable[Unit]) -> tuple[Unit, ...]:
         """The units that can help to meet the budget, if together they can.

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from depthprune import __version__, options, registry
-from depthprune.console import Console, die, human, table
-from depthprune.errors import BudgetError, DepthpruneError, OptionError
-from depthprune.files import write_json
+from depthprune import __version__, options, registry, tables
+from depthprune.console import Console, die, interruptible
+from depthprune.errors import BudgetError, DepthpruneError, OptionError, unknown
+from depthprune.files import place, write_json
 from depthprune.options import (
     Calibration,
     Choice,
@@ -43,24 +45,9 @@ def inspect(console: Console, model: ModelArgument, loading: Loading, common: Co
     made = options.load(model, common, loading)
     from depthprune.pruning import describe
 
-    layout = made.layout
-    rows, value = [], []
-    for block in layout.blocks:
-        units = [
-            {"unit": f"{block.index}.{s.name}", "kind": s.kind, "parameters": s.parameters} for s in block.sublayers
-        ]
-        whole = {"unit": str(block.index), "kind": "block", "parameters": block.parameters}
-        value.append(
-            {**whole, "kv_bytes_per_token": block.kv_bytes_per_token, "reason": block.reason, "sublayers": units}
-        )
-        for unit in (whole, *units):
-            share = f"{int(str(unit['parameters'])) / layout.parameters:.1%}"
-            row = [str(unit["unit"]), str(unit["kind"]), f"{unit['parameters']:,}", share]
-            rows.append([*row, *((f"{block.kv_bytes_per_token:,}", block.reason) if unit is whole else ("", ""))])
-            rows[-1][0] = rows[-1][0] if unit is whole else f"  {rows[-1][0]}"
-    shown = table(("unit", "kind", "parameters", "share", "KV bytes/token", "why not finer"), rows, describe(made))
-    head = {"model": vars(made.reference), "stack": layout.path, "parameters": made.parameters}
-    console.result({**head, "kv_bytes_per_token": layout.kv_bytes_per_token, "blocks": value}, shown)
+    blocks, shown = tables.units(made.layout, describe(made))
+    head = {"model": vars(made.reference), "stack": made.layout.path, "parameters": made.parameters}
+    console.result({**head, "kv_bytes_per_token": made.layout.kv_bytes_per_token, "blocks": blocks}, shown)
 
 
 @options.command(app)
@@ -79,6 +66,7 @@ def score(
     chosen = metric or ["loss", "cosine"]
     for name in chosen:
         registry.find("metrics", name)
+    place(out)
     made = options.load(model, common, loading)
     from depthprune.oracle import ModelOracle
     from depthprune.planning import candidates
@@ -92,15 +80,8 @@ def score(
         every[name] = oracle.scored()
     value = scores_json(made, every, units)
     write_json(out, value)
-    rows = [
-        [str(u), made.layout.kind(u), *(_score(scores.values[u], scores.errors.get(u)) for scores in every.values())]
-        for u in every[chosen[0]].ranked()
-    ]
-    console.result(value, table(("unit", "kind", *every), rows, f"{len(rows)} units, lowest first; written to {out}"))
-
-
-def _score(value: float, error: float | None) -> str:
-    return f"{value:.5f}" if error is None else f"{value:.5f} ± {error:.5f}"
+    title = f"{len(units)} units, lowest {chosen[0]} first; written to {out}"
+    console.result(value, tables.scored(every, made.layout, title))
 
 
 @options.command(app)
@@ -116,8 +97,8 @@ def plan(
     common: Common,
 ) -> None:
     """Choose what to drop for a budget, and write the plan: a small JSON file to read, edit and replay."""
-    registry.find("metrics", choice.metric)
-    registry.find("selectors", choice.select)
+    options.check(choice, drop)
+    place(out)
     made = options.load(model, common, loading)
     from depthprune import planning
 
@@ -157,6 +138,7 @@ def drop(
     from depthprune.plan import Plan
 
     asked = Plan.load(plan)
+    place(out, folder=True)
     made = options.load(model, common, loading)
     from depthprune.export import check_many, expect, write
     from depthprune.surgery import drop as cut
@@ -176,9 +158,10 @@ def check(
 ) -> None:
     """Prove that a folder loads, runs, and means what its plan says."""
     from depthprune.export import check as examine
+    from depthprune.model import where
 
     dense = None if against is None else options.load(against, common)
-    _judge(console, examine(folder, dense, device=common.device or "cpu"), f"{folder}:")
+    _judge(console, examine(folder, dense, device=where(common.device or "cpu")), f"{folder}:")
 
 
 def _judge(console: Console, proofs: Any, title: str) -> None:
@@ -197,34 +180,22 @@ def evaluate(
     out: OutOption,
     loading: Loading,
     common: Common,
-    window: Annotated[int, option("--window", "Tokens of a window.")] = 512,
-    stride: Annotated[int | None, option("--stride", "How far it moves; smaller gives more context.")] = None,
-    windows: Annotated[int | None, option("--windows", "Only the first windows.")] = None,
+    window: Annotated[int, option("--window", "Tokens of a window.", least=2)] = 512,
+    stride: Annotated[int | None, option("--stride", "How far it moves; smaller gives more context.", least=1)] = None,
+    windows: Annotated[int | None, option("--windows", "Only the first windows.", least=1)] = None,
     field: Annotated[str, option("--field", "Field of JSONL and Parquet rows.")] = "text",
 ) -> None:
     """Measure the perplexity of models on text, each token predicted once. Several models make one table."""
     from depthprune import pruning
     from depthprune.evaluate import windows as cut
 
+    place(out)
     made = {name: options.load(name, common, loading) for name in models}
     tokenizer = next(iter(made.values())).tokenizer
     rows = cut(",".join(text), tokenizer, window=window, stride=stride, limit=windows, field=field)
     value = pruning.evaluate(made, rows, console)
     write_json(out, value)
-    base = value["models"][0]["perplexity"]
-    lines = [
-        [
-            entry["name"],
-            f"{entry['perplexity']:.3f}",
-            f"{entry['perplexity'] / base:.3f}x",
-            f"{entry['parameters']:,}",
-            human(entry["bytes"]),
-            f"{entry['kv_bytes_per_token']:,}",
-        ]
-        for entry in value["models"]
-    ]
-    columns = ("model", "perplexity", "ratio", "parameters", "bytes", "KV bytes/token")
-    console.result(value, table(columns, lines, f"{value['text']['name']}, {value['text']['tokens']:,} tokens"))
+    console.result(value, tables.evaluated(value))
 
 
 @options.command(app)
@@ -234,25 +205,19 @@ def bench(
     out: OutOption,
     loading: Loading,
     common: Common,
-    batch: Annotated[int, option("--batch", "Sequences at a time.")] = 1,
-    prompt: Annotated[int, option("--prompt", "Tokens of the prompt.")] = 256,
-    new: Annotated[int, option("--new", "Tokens to decode.")] = 32,
-    repeats: Annotated[int, option("--repeats", "Turns of each model.")] = 5,
+    batch: Annotated[int, option("--batch", "Sequences at a time.", least=1)] = 1,
+    prompt: Annotated[int, option("--prompt", "Tokens of the prompt.", least=1)] = 256,
+    new: Annotated[int, option("--new", "Tokens to decode.", least=1)] = 32,
+    repeats: Annotated[int, option("--repeats", "Turns of each model.", least=1)] = 5,
 ) -> None:
     """Time prefill and decoding of models, interleaved, so that drift hits all alike."""
     from depthprune.bench import bench as measure
 
+    place(out)
     made = {name: options.load(name, common, loading).net for name in models}
     value = measure(made, batch=batch, prompt=prompt, new=new, repeats=repeats, seed=common.seed)
     write_json(out, value)
-    rows = [
-        [
-            entry["name"],
-            *("" if entry.get(key) is None else f"{entry[key]:.3f}" for key in ("prefill_ms", "decode_ms_per_token")),
-        ]
-        for entry in value["models"]
-    ]
-    console.result(value, table(("model", "prefill ms", "decode ms/token"), rows))
+    console.result(value, tables.timed(value))
 
 
 @options.command(app)
@@ -265,6 +230,7 @@ def export(
 ) -> None:
     """Write a model again in another form."""
     registry.find("forms", form)
+    place(out, folder=True)
     from depthprune.export import export as write
 
     write(options.load(folder, common), out, form)
@@ -303,9 +269,9 @@ def prune(
     text: Annotated[
         str | None, option("--text", "Text to evaluate on; default: rows of the calibration text that were not used.")
     ] = None,
-    window: Annotated[int | None, option("--window", "Tokens of an evaluation window; default: the length.")] = None,
-    stride: Annotated[int | None, option("--stride", "How far the window moves; default: the window.")] = None,
-    windows: Annotated[int, option("--windows", "Evaluate on the first windows of --text.")] = 256,
+    window: Annotated[int | None, option("--window", "Tokens of a window; default: the length.", least=2)] = None,
+    stride: Annotated[int | None, option("--stride", "How far it moves; default: the window.", least=1)] = None,
+    windows: Annotated[int, option("--windows", "Evaluate on the first windows of --text.", least=1)] = 256,
     form: FormOption = "hf",
     run_bench: Annotated[bool, typer.Option("--bench/--no-bench", help="Measure speed.")] = True,
     resume: Annotated[bool, option("--resume", "Finish a run that was stopped.")] = False,
@@ -329,34 +295,41 @@ def prune(
         )
     if recover != "none":
         raise OptionError(f"--recover {recover!r} does not exist yet. Available: none")
-    for kind, name in (("metrics", choice.metric), ("selectors", choice.select), ("forms", form)):
-        registry.find(kind, name)
-    from depthprune import pruning
+    with _resumable(out, console):
+        options.check(choice, drop)
+        registry.find("forms", form)
+        from depthprune import pruning
 
-    settings = pruning.Settings(
-        model=model,
-        drop=drop,
-        data=data,
-        text=text,
-        window=window,
-        stride=stride,
-        windows=windows,
-        form=form,
-        recover=recover,
-        bench=run_bench,
-        seed=common.seed,
-        device=common.device,
-        dtype=common.dtype,
-        **vars(choice),
-        **vars(loading),
-        **(vars(calibration) | {"memory": options.size(calibration.memory)}),
-    )
-    try:
+        settings = pruning.Settings(
+            model=model,
+            drop=drop,
+            data=data,
+            text=text,
+            window=window,
+            stride=stride,
+            windows=windows,
+            form=form,
+            recover=recover,
+            bench=run_bench,
+            seed=common.seed,
+            device=common.device,
+            dtype=common.dtype,
+            **vars(choice),
+            **vars(loading),
+            **(vars(calibration) | {"memory": options.size(calibration.memory)}),
+        )
         passed = pruning.prune(settings, out, console, resume=resume, overwrite=overwrite)
-    except KeyboardInterrupt:
-        raise DepthpruneError(f"stopped; the same command with --resume finishes {out}") from None
     if not passed:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _resumable(out: Path, console: Console) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.close()
+        raise DepthpruneError(f"stopped; the same command with --resume finishes {out}") from None
 
 
 @options.command(app, "list")
@@ -367,7 +340,7 @@ def list_(
 ) -> None:
     """List what can be asked for by name."""
     if what not in registry.TABLES:
-        raise OptionError(f"unknown list {what!r}. Available: {', '.join(sorted(registry.TABLES))}")
+        raise unknown("list", what, registry.TABLES)
     names = registry.names(what)
     console.result(list(names), "\n".join(names) or f"no {what} in this release")
 
@@ -387,6 +360,7 @@ def _main(
     pass
 
 
+INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
 # typer carries its own copy of click, so its errors are found through what it makes public
 _USAGE: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
@@ -396,17 +370,25 @@ def main() -> None:
     warnings.simplefilter("ignore")
     code: Any = 1
     try:
-        code = app(standalone_mode=False)
+        with interruptible():
+            code = app(standalone_mode=False)
+            if code == INTERRUPTED:
+                raise KeyboardInterrupt
     except (OptionError, BudgetError) as error:
         die(str(error))
         code = 2
     except DepthpruneError as error:
         die(str(error))
     except _USAGE as error:
-        die(error.format_message())
+        if error.format_message():  # not so where help was shown instead
+            die(error.format_message())
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         die("stopped")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        die("out of memory; try --memory with less, fewer tokens in --length, or --device cpu")
     except OSError as error:
-        die(f"{error.filename or 'writing'}: {error.strerror or error}")
+        die(f"{error.filename or 'cannot write'}: {error.strerror or error}")
     sys.exit(code if isinstance(code, int) else 0)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console as Screen
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,32 +20,53 @@ from rich.table import Table
 class Console:
     """Where messages go: progress and remarks to standard error, results to standard output.
 
-    ``quiet`` leaves only results and errors; ``as_json`` makes the result one JSON document; ``log`` keeps every line.
+    ``quiet`` leaves only results and errors; ``as_json`` makes the result one JSON document; ``keep`` keeps every line.
     """
 
-    def __init__(self, *, quiet: bool = False, as_json: bool = False, log: TextIO | None = None) -> None:
-        self.quiet, self.as_json, self.log = quiet, as_json, log
+    def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
+        self.quiet, self.as_json = quiet, as_json
+        self._lines: list[str] = []
+        self._log: Path | None = None
         self._err = Screen(stderr=True, highlight=False, soft_wrap=True)
         self._out = Screen(highlight=False, soft_wrap=True)
         self._bars: Progress | None = None
         self._tasks: dict[str, Any] = {}
 
+    def keep(self, log: Path) -> None:
+        """Write the lines so far, and every one to come, to the end of a file."""
+        self._log, lines = log, self._lines
+        self._lines = []
+        for line in lines:
+            self._append(line)
+
+    def note(self, text: str) -> None:
+        """Keep a line in the log, with the time, and show it to nobody."""
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}"
+        if self._log is None:
+            self._lines.append(line)
+        else:
+            self._append(line)
+
+    def _append(self, line: str) -> None:
+        assert self._log is not None
+        with self._log.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
     def say(self, text: str) -> None:
         """A remark about what is going on."""
-        if self.log is not None:
-            self.log.write(text + "\n")
-            self.log.flush()
+        self.note(text)
         if not self.quiet:
             self._err.print(text, markup=False)
 
     def warn(self, text: str) -> None:
         """A warning, shown even when quiet."""
-        if self.log is not None:
-            self.log.write(f"warning: {text}\n")
+        self.note(f"warning: {text}")
         self._err.print(f"warning: {text}", markup=False, style="yellow")
 
     def result(self, value: Any, text: str | Table | None = None) -> None:
         """The outcome of a command: as text or a table, or as JSON when asked for."""
+        if isinstance(text, str):
+            self.note(text)
         if self.as_json:
             print(json.dumps(value, indent=1))
         elif isinstance(text, Table):
@@ -90,6 +114,26 @@ class Console:
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = show
             yield
+
+
+class _Stop(KeyboardInterrupt):
+    """Ctrl-C. CPython kills itself at its end if a plain one passed through an ``exec``, even when it was caught."""
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Make Ctrl-C a ``KeyboardInterrupt`` that, once caught, leaves the exit code alone."""
+
+    def stop(*_: object) -> None:
+        raise _Stop
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> Table:

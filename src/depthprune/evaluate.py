@@ -19,7 +19,7 @@ from depthprune.oracle import Show
 from depthprune.record import inputs, slices
 from depthprune.rows import opening
 
-LOGITS = 1 << 28  # numbers: logits of one forward at the most
+LOGITS = 1 << 26  # numbers: logits of one forward at the most
 
 
 @dataclass(frozen=True)
@@ -101,21 +101,25 @@ def _documents(text: str | Sequence[str], field: str) -> tuple[str, list[str]]:
     return ",".join(Path(part.path).name for part in parts), documents
 
 
+def fits(model: Model, text: Windows) -> None:
+    """Check that a model can read the windows. Raises ``DataError`` for other tokens, and for too long windows."""
+    check_vocabulary(text.data, model.vocabulary)
+    limit = model.positions
+    if limit is not None and limit < text.data.length:
+        raise DataError(
+            f"windows of {text.data.length} tokens exceed the model's {limit} positions; pass --window {limit}"
+        )
+
+
 @torch.no_grad()
 def perplexity(model: Model, text: Windows, *, show: Show | None = None) -> Perplexity:
     """The perplexity of a model on windows of text: ``exp(-1/n sum log p(x_t | window before it))``.
 
     Raises ``DataError`` where the tokens are not this model's, or where a window is longer than its positions.
     """
+    fits(model, text)
     tokens, mask, scored = text.data.tokens, text.data.mask, text.scored
-    vocabulary = model.net.get_input_embeddings().weight.shape[0]
-    check_vocabulary(text.data, vocabulary)
-    positions = getattr(model.net.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < tokens.shape[1]:
-        raise DataError(
-            f"windows of {tokens.shape[1]} tokens exceed the model's {positions} positions; pass --window {positions}"
-        )
-    rows = max(1, min(LOGITS // (vocabulary * tokens.shape[1]), 8192 // tokens.shape[1]))
+    rows = max(1, min(LOGITS // (model.vocabulary * tokens.shape[1]), 8192 // tokens.shape[1]))
     total = 0.0
     for some in slices(len(tokens), rows):
         ids, real = tokens[some].to(model.device), mask[some].to(model.device)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from depthprune.errors import DepthpruneError
+from depthprune.errors import DepthpruneError, OptionError
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -42,6 +42,26 @@ def read_json(path: str | Path) -> Any:
         raise DepthpruneError(f"cannot read {path}: {why(error)}") from None
     except ValueError as error:
         raise DepthpruneError(f"{path} is not JSON: {error}") from None
+
+
+def place(path: str | Path, *, folder: bool = False) -> Path:
+    """Check, before long work, that a file can be written at a path, or a new folder where ``folder``.
+
+    Raises ``OptionError`` where something is in the way or the place cannot be written.
+    """
+    path = Path(path)
+    if not folder and path.is_dir():
+        raise OptionError(f"cannot write {path}: it is a folder; name a file")
+    if folder and path.exists() and not path.is_dir():
+        raise OptionError(f"cannot write {path}: it is a file; name a folder")
+    if folder and path.is_dir() and any(path.iterdir()):
+        raise OptionError(f"cannot write {path}: it holds files already; name a new folder")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise OptionError(f"cannot write {path}: {above} is a file")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise OptionError(f"cannot write {path}: {above} is not writable")
+    return path
 
 
 @contextmanager

@@ -7,7 +7,7 @@ branches only, nothing else in the block, zero = absent; it is what dropping a s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +101,7 @@ class Layout:
             raise PlanError(f"there is no unit {unit}: this model has blocks 0 to {len(self.blocks) - 1}")
         return self.blocks[unit.block]
 
-    def gone(self, units: frozenset[Unit] | set[Unit] | tuple[Unit, ...]) -> dict[int, frozenset[str] | None]:
+    def gone(self, units: Set[Unit] | tuple[Unit, ...]) -> dict[int, frozenset[str] | None]:
         """What each touched block loses: the names of its dropped sublayers, or ``None`` for the whole block.
 
         This is the canonical form: all sublayers of a block are the block.
@@ -122,7 +122,7 @@ class Layout:
             for index, names in sorted(lost.items())
         }
 
-    def freed(self, units: frozenset[Unit] | set[Unit] | tuple[Unit, ...]) -> int:
+    def freed(self, units: Set[Unit] | tuple[Unit, ...]) -> int:
         """How many parameters dropping these units frees: a shared norm goes when the last one it serves goes."""
         return sum(self._sizes(index, names) for index, names in self.gone(units).items())
 
@@ -132,7 +132,7 @@ class Layout:
             return block.parameters
         return sum(block.sublayer(name).parameters for name in names)
 
-    def kv_freed(self, units: frozenset[Unit] | set[Unit] | tuple[Unit, ...]) -> int:
+    def kv_freed(self, units: Set[Unit] | tuple[Unit, ...]) -> int:
         """Bytes of KV cache per token that dropping these units frees."""
         freed = 0
         for index, names in self.gone(units).items():
@@ -140,6 +140,23 @@ class Layout:
             if names is None or any(block.sublayer(name).kind in ("attention", "mixer") for name in names):
                 freed += block.kv_bytes_per_token
         return freed
+
+    def viable(self, units: Set[Unit] | tuple[Unit, ...]) -> bool:
+        """Whether something worth the name is left: a block, and an attention if the model has any."""
+        gone = self.gone(units)
+        attentions = {block.index for block in self.blocks if "attention" in {s.kind for s in block.sublayers}}
+        return sum(names is None for names in gone.values()) < len(self.blocks) and not (
+            attentions and attentions <= self.cacheless(gone)
+        )
+
+    def cacheless(self, gone: dict[int, frozenset[str] | None]) -> set[int]:
+        """Blocks that write no keys any more: gone whole, or their attention and mixers are."""
+        return {
+            index
+            for index, names in gone.items()
+            if names is None
+            or ({s.name for s in self.blocks[index].sublayers if s.kind in ("attention", "mixer")} or {""}) <= names
+        }
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +13,27 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 
-from depthprune.errors import CheckpointError, LayoutError, OptionError
+from depthprune import hub
+from depthprune.errors import CheckpointError, OptionError, unknown
 from depthprune.layout import Layout, discover
 from depthprune.plan import Plan, Reference
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# What transformers raises where a checkpoint is absent, its configuration odd, or a package that it needs missing.
+_REFUSALS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    StrictDataclassError,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +56,17 @@ class Model:
         """Where the embeddings are, and so where tokens go."""
         device: torch.device = self.net.get_input_embeddings().weight.device
         return device
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the model can look up."""
+        return int(self.net.get_input_embeddings().weight.shape[0])
+
+    @property
+    def positions(self) -> int | None:
+        """How many positions the model has, where its configuration limits them."""
+        limit = getattr(self.net.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
 
     @property
     def parameters(self) -> int:
@@ -67,28 +94,32 @@ def load(
     ``device`` defaults to the GPU if there is one; ``dtype`` to the checkpoint's own on a GPU, float32 on a CPU;
     ``tokenizer`` to the model's folder.
     Raises ``CheckpointError`` where weights are missing, truncated or mismatched, ``LayoutError`` where no blocks are
-    found.
+    found, ``OptionError`` for a device or dtype that there is not.
     """
     source = str(source)
-    if _looks_local(source) and not Path(source).is_dir():
-        raise CheckpointError(f"no such model: {source} is not a folder")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = where(device)
+    wanted = _dtype(dtype) or (torch.float32 if device.startswith("cpu") else "auto")
+    away = _find(source)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with _translated(source):
+    options |= {"local_files_only": True} if away else {}
+    with _translated(source, away):
         config = transformers.AutoConfig.from_pretrained(source, **options)
-        wanted = _dtype(dtype) or (torch.float32 if device.startswith("cpu") else "auto")
         net, info = _auto_class(config).from_pretrained(
             source,
             dtype=wanted,
             use_safetensors=None if allow_pickle else True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
             device_map=device if device != "cpu" else None,
             **options,
         )
     for key in ("missing_keys", "mismatched_keys"):
         if info.get(key):
-            names = sorted(str(name) for name in info[key])
-            raise CheckpointError(f"{source} lacks {len(names)} of its weights ({key.split('_')[0]}: {names[0]}, …)")
+            names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in info[key])
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            fault = "has no" if key == "missing_keys" else "has another shape than its config.json says of"
+            rest = ": its weights are incomplete" if key == "missing_keys" else ""
+            raise CheckpointError(f"the checkpoint {source} {fault} {names[0]}{more}{rest}")
     return wrap(net.eval(), _tokenizer(tokenizer or source, options), source, revision, config.dtype)
 
 
@@ -110,16 +141,37 @@ def fingerprint(net: nn.Module) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _looks_local(source: str) -> bool:
-    return source.startswith((".", "/", "~")) or Path(source).exists() or source.count("/") > 1
+def where(device: str | None) -> str:
+    """The device by that name, by default the GPU if there is one. Raises ``OptionError`` where there is none."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if device is None:
+        return "cpu" if accelerator is None or accelerator.type != "cuda" else "cuda"
+    count = 0 if accelerator is None else torch.accelerator.device_count()
+    kind = "" if accelerator is None else accelerator.type
+    known = ["cpu", *([kind] if kind else []), *(f"{kind}:{index}" for index in range(count))]
+    if device not in known:
+        raise OptionError(f"no device {device!r} that torch can use on this machine. Available: {', '.join(known)}")
+    return device
+
+
+def _find(source: str) -> str:
+    """Refuse what cannot be a model; say why the Hub cannot be asked, if it has to be and cannot."""
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"{source} is no model: this folder has no config.json")
+        return ""
+    if source.startswith((".", "/", "~")) or path.exists() or source.count("/") > 1:
+        raise CheckpointError(f"no such model: {source} is {'no folder' if path.exists() else 'not there'}")
+    return hub.away()
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
     if name is None or name == "auto":
         return None
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
-        raise OptionError(f"unknown dtype {name!r}. Available: auto, float32, bfloat16, float16")
+    if name not in DTYPES:
+        raise unknown("dtype", name, DTYPES)
+    found: torch.dtype = getattr(torch, name)
     return found
 
 
@@ -135,15 +187,15 @@ def _auto_class(config: Any) -> Any:
 def _tokenizer(source: str, options: dict[str, Any]) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except _REFUSALS as error:
         raise CheckpointError(
-            f"cannot load the tokenizer of {source}: {_line(error)}; name one with --tokenizer"
+            f"cannot load a tokenizer from {source}; name another with --tokenizer ({_line(error, 120)})"
         ) from None
 
 
 @contextmanager
-def _translated(source: str) -> Iterator[None]:
-    """Turn the many ways in which a checkpoint can be broken into one line."""
+def _translated(source: str, away: str = "") -> Iterator[None]:
+    """Turn the many ways in which a checkpoint can be broken, or absent, into one line."""
     progress = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
@@ -152,9 +204,12 @@ def _translated(source: str) -> Iterator[None]:
             yield
     except SafetensorError as error:
         raise CheckpointError(f"the weights of {source} are damaged: {_line(error)}") from None
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, LayoutError):
+    except _REFUSALS as error:
+        if isinstance(error, torch.OutOfMemoryError):
             raise
+        if away and isinstance(error, OSError):
+            there = f"no folder {source!r} here, and no such model in the Hub's cache"
+            raise CheckpointError(f"no such model: there is {there} ({away})") from None
         text = _line(error)
         what = "the weights do not match the configuration of" if "size mismatch" in str(error) else "cannot load"
         raise CheckpointError(f"{what} {source}: {text}") from None
@@ -163,5 +218,5 @@ def _translated(source: str) -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def _line(error: Exception, longest: int = 300) -> str:
+    return textwrap.shorten(str(error), longest, placeholder=" …")

@@ -16,17 +16,20 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from depthprune import registry
+from depthprune.budget import Budget
 from depthprune.console import Console
-from depthprune.errors import OptionError
+from depthprune.errors import DepthpruneError, OptionError, unknown
+from depthprune.units import UNITS, Unit
 
 if TYPE_CHECKING:
     from depthprune.data import Data
     from depthprune.model import Model
 
 
-def option(flag: str, help: str) -> Any:
-    """A command-line option with its help."""
-    return typer.Option(flag, help=help)
+def option(flag: str, help: str, least: int | None = None) -> Any:
+    """A command-line option with its help; a number may have a least value."""
+    return typer.Option(flag, help=help, min=least)
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,15 @@ class Loading:
 class Calibration:
     """How calibration text is read."""
 
-    sequences: Annotated[int, option("--sequences", "Calibration sequences.")] = 64
-    length: Annotated[int, option("--length", "Tokens of a calibration sequence.")] = 512
+    sequences: Annotated[int, option("--sequences", "Calibration sequences.", least=1)] = 64
+    length: Annotated[int, option("--length", "Tokens of a calibration sequence.", least=2)] = 512
     field: Annotated[str, option("--field", "Field of JSONL and Parquet rows; `prompt+response` joins two.")] = "text"
     memory: Annotated[
         str | None, option("--memory", "Bound of the engine's streams, such as `4GB`; default: half of what is free.")
     ] = None
+
+    def __post_init__(self) -> None:
+        size(self.memory)
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,10 @@ class Choice:
     ] = "greedy"
     protect: Annotated[
         str | None,
-        option("--protect", "Units that must stay, as `0,1.mlp`. Default: block 0's attention; `none` lifts it."),
+        option(
+            "--protect",
+            "Units that must stay too, as `3,1.mlp`. Block 0's attention does by default; `none` lifts that.",
+        ),
     ] = None
 
 
@@ -140,6 +149,9 @@ def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[...
             try:
                 with console.warnings():
                     function(console, **given, **made)
+            except DepthpruneError as error:
+                console.note(f"error: {error}")
+                raise
             finally:
                 console.close()
 
@@ -184,6 +196,29 @@ def text(source: str, model: Model, calibration: Calibration, common: Common) ->
         seed=common.seed,
         field=calibration.field,
     )
+
+
+def check(choice: Choice, drop: str) -> None:
+    """Refuse names that do not exist, and a budget that no model could meet, before a model is loaded."""
+    registry.find("metrics", choice.metric)
+    registry.find("selectors", choice.select)
+    if choice.unit not in UNITS:
+        raise unknown("unit", choice.unit, UNITS)
+    Budget.parse(drop, _Vast())
+
+
+class _Vast:
+    """A ledger of a model larger than any, to which every budget that is one applies."""
+
+    parameters = outside = kv_bytes_per_token = 1 << 62
+
+    def freed(self, units: frozenset[Unit]) -> int:
+        return self.parameters
+
+    kv_freed = freed
+
+    def viable(self, units: frozenset[Unit]) -> bool:
+        return True
 
 
 def size(written: str | None) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from depthprune.data import Data
+from depthprune.errors import CheckpointError, PlanError
 from depthprune.layout import Layout
 from depthprune.metrics.loss import loss
 from depthprune.metrics.stream import DISTANCES, spans, stream_scores
@@ -68,9 +70,13 @@ class ModelOracle:
             self._say(text)
 
     def scored(self) -> Scores:
-        """The scores of all units under this oracle's metric."""
+        """The scores of all units under this oracle's metric. Raises ``CheckpointError`` where one is not a number."""
         if self._scores is None:
-            self._scores = self._function(self, self.units, **self._options)
+            scores = self._function(self, self.units, **self._options)
+            for unit, value in scores.values.items():
+                if math.isnan(value):
+                    raise self._broken(f"{self.metric} of {unit}")
+            self._scores = scores
         return self._scores
 
     def scores(self) -> Mapping[Unit, float]:
@@ -108,24 +114,36 @@ class ModelOracle:
         return [sum(scores[unit] for unit in window) for window in windows]
 
     def losses(self, gone: Sequence[frozenset[Unit]]) -> Losses:
-        """The losses of the model without each of these sets of units; each set is measured once."""
+        """The losses of the model without each of these sets of units; each set is measured once.
+
+        Raises ``CheckpointError`` where the dense model has none that is finite.
+        """
         missing = list(dict.fromkeys(units for units in gone if units not in self._known))
         if missing:
             what = f"measuring {len(missing)} variant{'s' * (len(missing) != 1)}"
             result = losses(self.model, self.data, missing, memory=self.memory, progress=self._progress(what))
             for units, nll in zip(missing, result.nll, strict=True):
+                if not units and not np.isfinite(nll).all():
+                    raise self._broken("the loss")
                 self._known[units] = nll
                 self._write({"gone": sorted(map(str, units)), "nll": nll.tolist()})
         self._asked.update(gone)
         tokens = (self.data.mask[:, 1:] & self.data.mask[:, :-1]).sum(1).double().numpy()
         return Losses(np.stack([self._known[units] for units in gone]), tokens)
 
+    def _broken(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{what} is not a number for {self.model.reference.id} on {self.data.name}: its weights are damaged, or it "
+            "overflows; try another --dtype"
+        )
+
     def _progress(self, what: str) -> Callable[[float, float], None] | None:
         show = self._show
         return None if show is None else lambda done, total: show(what, done, total)
 
     def _header(self) -> dict[str, Any]:
-        return {"fingerprint": self.model.reference.fingerprint, "digest": self.data.digest}
+        dtype = str(next(self.model.net.parameters()).dtype)
+        return {"fingerprint": self.model.reference.fingerprint, "digest": self.data.digest, "dtype": dtype}
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.memo is None:
@@ -138,15 +156,17 @@ class ModelOracle:
 
     def _recall(self, memo: Path) -> None:
         """Read what an earlier run measured; a line cut short by a crash is dropped, another model's file ignored."""
-        lines = []
-        for text in memo.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                break
-        if not lines or lines[0] != self._header():
+        header, *lines = memo.read_bytes().split(b"\n")
+        if header.decode("utf-8", "replace") != json.dumps(self._header()):
             memo.unlink()
             return
-        for line in lines[1:]:
-            self._known[frozenset(Unit.parse(unit) for unit in line["gone"])] = np.array(line["nll"], dtype=np.float64)
-        memo.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        good = header + b"\n"
+        for line in lines:
+            try:
+                fields = json.loads(line)
+                gone, nll = frozenset(map(Unit.parse, fields["gone"])), np.array(fields["nll"], dtype=np.float64)
+            except (ValueError, TypeError, KeyError, PlanError):
+                break
+            self._known[gone] = nll
+            good += line + b"\n"
+        memo.write_bytes(good)

@@ -133,16 +133,7 @@ class Plan:
             raise PlanError(f'{source} does not name its model: it needs "model": {{"id": …}}')
         if extra := model.keys() - {"id", "revision", "blocks", "fingerprint"}:
             raise PlanError(f"{source} has unknown fields in model: {', '.join(sorted(extra))}")
-        for name, value in model.items():
-            kind = int if name == "blocks" else str
-            if value is not None and type(value) is not kind:
-                wanted = "a number" if kind is int else "text"
-                raise PlanError(f"{source}: model.{name} must be {wanted}, not {value!r}")
-        for name in ("stand_in", "frees", "why", "made_by"):
-            if not isinstance(fields.get(name) or {}, dict):
-                raise PlanError(f"{source}: {name} must be an object, not {fields[name]!r}")
-        if not isinstance((fields.get("why") or {}).get("steps", []), list):
-            raise PlanError(f"{source}: why.steps must be a list, not {fields['why']['steps']!r}")
+        _check_types(fields, source)
         if any(not isinstance(unit, str) for unit in fields["drop"]):
             raise PlanError(f'{source} is not a plan: "drop" must list units as text, such as "12.self_attn"')
         return cls(
@@ -158,6 +149,19 @@ class Plan:
             return cls.from_json(Path(path).read_text(encoding="utf-8"), str(path))
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"cannot read the plan {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _check_types(fields: Mapping[str, Any], source: str) -> None:
+    for name, value in fields["model"].items():
+        kind = int if name == "blocks" else str
+        if value is not None and type(value) is not kind:
+            wanted = "a number" if kind is int else "text"
+            raise PlanError(f"{source}: model.{name} must be {wanted}, not {value!r}")
+    for name in ("stand_in", "frees", "why", "made_by"):
+        if not isinstance(fields.get(name) or {}, dict):
+            raise PlanError(f"{source}: {name} must be an object, not {fields[name]!r}")
+    if not isinstance((fields.get("why") or {}).get("steps", []), list):
+        raise PlanError(f"{source}: why.steps must be a list, not {fields['why']['steps']!r}")
 
 
 def _lines(key: str, value: Any) -> str:

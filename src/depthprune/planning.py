@@ -12,7 +12,7 @@ import transformers
 import depthprune
 from depthprune.budget import Budget
 from depthprune.data import Data
-from depthprune.errors import BudgetError, OptionError, PlanError
+from depthprune.errors import BudgetError, PlanError, unknown
 from depthprune.layout import Layout
 from depthprune.model import Model
 from depthprune.oracle import ModelOracle
@@ -20,9 +20,8 @@ from depthprune.plan import Plan
 from depthprune.registry import find
 from depthprune.scores import Scores
 from depthprune.select.rank import Selection
-from depthprune.units import Unit, parse
+from depthprune.units import UNITS, Unit, parse
 
-UNITS = ("block", "attention", "mlp", "mixer", "any")
 PROTECTED = "attention of block 0"
 
 
@@ -33,6 +32,7 @@ def score(
 
     ``options`` are those of ``ModelOracle``. Raises ``OptionError`` for unknown names.
     """
+    _check_kind(unit)
     units = candidates(model.layout, unit, "none")
     return ModelOracle(model, data, metric=metric, units=units, **options).scored()
 
@@ -62,14 +62,18 @@ def select(
 
 def settle(budget: str, unit: str, layout: Layout) -> tuple[Budget, str]:
     """Read a budget together with the kind of units it is for: ``8 blocks`` says both."""
-    if unit not in UNITS:
-        raise OptionError(f"unknown unit {unit!r}. Available: {', '.join(UNITS)}")
+    _check_kind(unit)
     amount = Budget.parse(budget, layout)
     if amount.kind is not None:
         if unit not in ("any", amount.kind):
             raise BudgetError(f"--drop {budget!r} counts units of kind {amount.kind}, but --unit is {unit}")
         unit = amount.kind
     return amount, unit
+
+
+def _check_kind(unit: str) -> None:
+    if unit not in UNITS:
+        raise unknown("unit", unit, UNITS)
 
 
 def candidates(layout: Layout, unit: str, protect: str | Sequence[Unit | str] | None = None) -> tuple[Unit, ...]:
@@ -84,29 +88,30 @@ def candidates(layout: Layout, unit: str, protect: str | Sequence[Unit | str] | 
         raise BudgetError(f"this model has no unit of kind {unit} that can be dropped{why}")
     kept = protected(layout, unit, protect)
     whole = {u for u in kept if not u.sublayer}
-    inner = {u.whole for u in kept if u.sublayer} if unit == "block" and protect is not None else set()
-    return tuple(u for u in units if u not in kept and u.whole not in whole and u not in inner)
+    holding = {u.whole for u in kept} if unit == "block" else set()
+    return tuple(u for u in units if u not in kept and u.whole not in whole and u not in holding)
 
 
 def protected(layout: Layout, unit: str, protect: str | Sequence[Unit | str] | None = None) -> tuple[Unit, ...]:
-    """The units that must stay. By default the attention of block 0, as several runtimes cannot serve without it.
+    """The units that must stay: those given, and the attention of block 0, without which several runtimes cannot serve.
 
-    A whole block 0 may go all the same: the next block's attention then is the first.
+    ``none`` among them lifts that default. A whole block 0 may go all the same: the next block's attention then is the
+    first. Raises ``PlanError`` for units that do not exist.
     """
-    if protect is None:
-        first = layout.blocks[0]
-        return tuple(Unit("", 0, s.name) for s in first.sublayers if s.kind == "attention") if unit != "block" else ()
-    if isinstance(protect, str):
-        if protect.strip().lower() == "none":
-            return ()
-        protect = [part for part in protect.replace(" ", ",").split(",") if part]
-    units = parse(tuple(protect))
-    for given in units:
+    given = (
+        [part for part in protect.replace(" ", ",").split(",") if part] if isinstance(protect, str) else protect or []
+    )
+    named = [part for part in given if str(part).lower() != "none"]
+    units = parse(tuple(named))
+    for one in units:
         try:
-            layout.kind(given)
+            layout.kind(one)
         except PlanError as error:
             raise PlanError(f"--protect: {error}") from None
-    return units
+    if unit == "block" or len(named) < len(given):
+        return units
+    first = tuple(Unit("", 0, s.name) for s in layout.blocks[0].sublayers if s.kind == "attention")
+    return tuple(dict.fromkeys((*first, *units)))
 
 
 def choose(

@@ -8,19 +8,21 @@ that was stopped at any moment goes on where it was.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from depthprune import tables
 from depthprune.bench import bench
 from depthprune.console import Console
-from depthprune.data import Data, calibrate, overlap, warn_overlap
+from depthprune.data import Data, calibrate, check_vocabulary, overlap, warn_overlap
 from depthprune.errors import DepthpruneError, OptionError
-from depthprune.evaluate import Windows, perplexity, windows
+from depthprune.evaluate import Windows, fits, perplexity, windows
 from depthprune.export import check_many, expect, export
-from depthprune.files import read_json, write_json
+from depthprune.files import place, read_json, why, write_json
 from depthprune.metrics.stream import DISTANCES
 from depthprune.model import Model, load
 from depthprune.oracle import ModelOracle
@@ -70,20 +72,32 @@ def prune(
 ) -> bool:
     """Do the whole job in a run folder; True if every proof held.
 
+    The folder is touched only once model, budget and texts are known to be good.
     Raises the errors of the stages; ``OptionError`` where the folder holds another run.
     """
     out = Path(out)
-    _claim(settings, out, resume=resume, overwrite=overwrite)
+    _examine(settings, out, resume=resume, overwrite=overwrite)
+    if resume and all((out / name).exists() for name in _files(settings)):
+        console.keep(out / "log.txt")
+        console.say("every stage of this run is done")
+        return _conclude(out, console)
     console.say(f"loading {settings.model}")
     model = load_as(settings)
     budget, unit = settle(settings.drop, settings.unit, model.layout)
     units = budget.candidates(model.layout, candidates(model.layout, unit, settings.protect))
     console.say(f"{describe(model)}; {len(units)} units may be dropped")
     data, text = _texts(settings, model, console)
-    shared = overlap(data, text.data)
+    check_vocabulary(data, model.vocabulary)
+    fits(model, text)
     if warning := warn_overlap(data, text.data):
         console.warn(warning)
-    if not (out / "plan.json").is_file():
+    _claim(settings, out, overwrite=overwrite)
+    console.keep(out / "log.txt")
+    if (out / "plan.json").is_file():
+        before = Plan.load(out / "plan.json").why.get("data", {}).get("digest")
+        if before != data.digest:
+            raise OptionError(f"{settings.data} is not what it was when {out} began; --overwrite starts again")
+    else:
         oracle = ModelOracle(
             model,
             data,
@@ -112,15 +126,26 @@ def prune(
             console.say(f"  {'ok  ' if proof.passed else 'FAIL'} {proof.name}: {proof.detail}")
     pair = {"dense": model, "pruned": smaller}
     if not (out / "eval.json").is_file():
+        shared = overlap(data, text.data)
         write_json(out / "eval.json", evaluate(pair, text, console, overlap=shared, folder=out / "model"))
     if settings.bench and not (out / "bench.json").is_file():
         console.say("measuring speed, the two in turn")
         write_json(out / "bench.json", speed(pair, settings.length))
+    return _conclude(out, console)
+
+
+def _files(settings: Settings) -> tuple[str, ...]:
+    """What the stages leave in the run folder."""
+    bench = ("bench.json",) if settings.bench else ()
+    return ("scores.json", "plan.json", "model", "check.json", "eval.json", *bench)
+
+
+def _conclude(out: Path, console: Console) -> bool:
     page = report(out)
     passed = bool(read_json(out / "check.json")["passed"])
     summary = summarize(out)
     console.result(
-        summary | {"report": str(page), "passed": passed}, "\n".join(_lines(summary, out, page, passed=passed))
+        summary | {"report": str(page), "passed": passed}, tables.conclusion(summary, out, page, passed=passed)
     )
     return passed
 
@@ -147,30 +172,43 @@ def describe(model: Model) -> str:
     )
 
 
-def _claim(settings: Settings, out: Path, *, resume: bool, overwrite: bool) -> None:
-    """Take the run folder, or refuse it: another run's is only replaced when asked, and only resumed as it was."""
-    asked = {key: value for key, value in asdict(settings).items() if value is not None}
-    if out.exists() and not out.is_dir():
-        raise OptionError(f"--out {out} is a file; name a folder")
-    if out.is_dir() and any(out.iterdir()):
-        if not (out / "run.json").is_file():
-            raise OptionError(f"--out {out} holds something that is no run of depthprune; name another folder")
-        if resume:
-            before = read_json(out / "run.json").get("settings")
-            if before != asked:
-                named = sorted(key for key in {*before, *asked} if before.get(key) != asked.get(key))
-                differ = ", ".join(f"{key} was {before.get(key)!r}, now {asked.get(key)!r}" for key in named)
-                raise OptionError(f"--resume: {out} was started with other settings: {differ}")
-            return
-        if not overwrite:
-            raise OptionError(
-                f"--out {out} holds a run already; add --resume to finish it or --overwrite to replace it"
-            )
+def _asked(settings: Settings) -> dict[str, Any]:
+    return {key: value for key, value in asdict(settings).items() if value is not None}
+
+
+def _examine(settings: Settings, out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse the run folder, or not: another run's is only replaced when asked, and only resumed as it was."""
+    if resume and overwrite:
+        raise OptionError("--resume finishes a run, --overwrite begins it again: choose one")
+    if not (out.is_dir() and any(out.iterdir())):
+        place(out, folder=True)
+        return
+    if not (out / "run.json").is_file():
+        raise OptionError(f"--out {out} holds something that is no run of depthprune; name another folder")
+    if overwrite:
+        return
+    if not resume:
+        raise OptionError(f"--out {out} holds a run already; add --resume to finish it or --overwrite to replace it")
+    asked, record = _asked(settings), read_json(out / "run.json")
+    before = record.get("settings") if isinstance(record, dict) else None
+    if not isinstance(before, dict):
+        raise OptionError(f"--resume: {out / 'run.json'} is not that of a run; --overwrite starts again")
+    named = sorted(key for key in {*before, *asked} if before.get(key) != asked.get(key))
+    if named:
+        differ = ", ".join(f"{key} was {before.get(key)!r}, now {asked.get(key)!r}" for key in named)
+        raise OptionError(f"--resume: {out} was started with other settings: {differ}")
+
+
+def _claim(settings: Settings, out: Path, *, overwrite: bool) -> None:
+    """Take the run folder that was examined: empty it first if it is to be replaced."""
+    if overwrite and out.is_dir():
         try:
             shutil.rmtree(out)
         except OSError as error:
-            raise DepthpruneError(f"cannot replace {out}: {error.strerror}") from None
-    write_json(out / "run.json", {"format": 1, "settings": asked, "command": command(settings, out)})
+            raise DepthpruneError(f"cannot replace {out}: {why(error)}") from None
+    if not (out / "run.json").is_file():
+        record = {"format": 1, "settings": _asked(settings), "command": command(settings, out)}
+        write_json(out / "run.json", record)
 
 
 def command(settings: Settings, out: Path) -> str:
@@ -181,7 +219,7 @@ def command(settings: Settings, out: Path) -> str:
             continue
         flag = f"--{key.replace('_', '-')}"
         words += ["--no-bench"] if key == "bench" else [flag] if value is True else [flag, str(value)]
-    return " ".join(f"'{word}'" if set(word) & set(" %<>=&;") else word for word in words)
+    return shlex.join(words)
 
 
 def _texts(settings: Settings, model: Model, console: Console) -> tuple[Data, Windows]:
@@ -189,7 +227,7 @@ def _texts(settings: Settings, model: Model, console: Console) -> tuple[Data, Wi
     options: dict[str, Any] = {"length": settings.length, "seed": settings.seed, "field": settings.field}
     if settings.text is not None:
         data = calibrate(settings.data, model.tokenizer, sequences=settings.sequences, **options)
-        window = settings.window or settings.length
+        window = settings.length if settings.window is None else settings.window
         cut: dict[str, Any] = {
             "window": window,
             "stride": settings.stride,
@@ -207,7 +245,8 @@ def _texts(settings: Settings, model: Model, console: Console) -> tuple[Data, Wi
     held = min(extra, max(1, rows.sequences // 3))
     data = rows.head(rows.sequences - held)
     held_out = rows.tail(held)
-    console.say(f"no --text: evaluating on {held} other rows of the calibration text; an independent text is better")
+    others = f"{held} other row{'s' * (held != 1)}"
+    console.say(f"no --text: evaluating on {others} of the calibration text; an independent text is better")
     scored = held_out.mask.clone()
     scored[:, 0] = False
     return data, Windows(held_out, scored, settings.length)
@@ -279,10 +318,7 @@ def speed(
     models: Mapping[str, Model], length: int, *, batch: int = 1, prompt: int = 256, new: int = 32
 ) -> dict[str, Any]:
     """``bench.json``: prefill and decoding speed, the models in turn; shorter where the model has fewer positions."""
-    limits = [
-        getattr(m.net.config.get_text_config(decoder=True), "max_position_embeddings", None) for m in models.values()
-    ]
-    room = min([limit for limit in limits if isinstance(limit, int) and limit > 0] or [1 << 30])
+    room = min([model.positions for model in models.values() if model.positions is not None] or [1 << 30])
     if prompt + new > room:
         new = max(1, min(new, room // 4))
         prompt = max(1, room - new)
@@ -308,25 +344,3 @@ def summarize(out: Path) -> dict[str, Any]:
             if first.get(name) is not None:
                 summary[name] = [first[name], last[name]]
     return summary
-
-
-def _lines(summary: Mapping[str, Any], out: Path, page: Path, *, passed: bool) -> list[str]:
-    names = {
-        "perplexity": "perplexity",
-        "parameters": "parameters",
-        "bytes": "bytes on disk",
-        "kv_bytes_per_token": "KV cache bytes per token",
-        "prefill_ms": "prefill, ms",
-        "decode_ms_per_token": "decode, ms per token",
-    }
-    lines = [f"{'':26}{'dense':>14}{'pruned':>14}{'ratio':>9}"]
-    for key, name in names.items():
-        if key in summary:
-            before, after = summary[key]
-            form = ",.0f" if isinstance(before, int) else ",.2f"
-            ratio = f"{after / before:.3f}x" if before else ""
-            lines.append(f"{name:26}{before:>14{form}}{after:>14{form}}{ratio:>9}")
-    lines += ["", f"dropped: {' '.join(summary['drop'])}"]
-    lines += [f"proofs:  {'every one held' if passed else 'FAILED, see the report'}"]
-    lines += [f"model:   {out / 'model'}", f"report:  {page}"]
-    return lines

@@ -66,6 +66,8 @@ def view(run: Run) -> dict[str, Any]:
     """Everything the template shows, by name."""
     plan, why = run.plan, run.plan.part("why")
     model = plan.part("model").text("id") or "unnamed model"
+    if model.startswith(("/", ".", "~")):  # a folder: its name says more than its place
+        model = model.rstrip("/").rpartition("/")[2]
     net, measures = Network.of(run), measures_of(run)
     strip, curve, steps = net.strip(), _curve(run), _steps(run, net)
     return {

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
+from depthprune import hub
 from depthprune.errors import DataError
 
 HUB = "hub:"
@@ -232,6 +233,8 @@ def _hub(path: str, field: str, seed: int | None) -> Iterator[Iterator[str]]:
         from datasets import load_dataset
     except ImportError:
         raise DataError(f'{path}: Hub data sets need datasets: pip install "depthprune[hub]"') from None
+    if not _exists(name) and (away := hub.away()):
+        raise DataError(f"{path}: cannot be loaded ({away}); save the text to a file and name that")
     try:
         rows = load_dataset(name, config or None, split=part or "train", streaming=True)
     except (OSError, ValueError) as error:

@@ -20,7 +20,7 @@ from depthprune.errors import LayoutError, PlanError
 from depthprune.layout import PROBE, Layout, blocks_of, discover, muted
 from depthprune.model import Model
 from depthprune.plan import Plan
-from depthprune.record import answer, forwards, inputs
+from depthprune.record import answer, close, forwards, inputs
 from depthprune.shrink import adopt, prove, shrink
 from depthprune.skip import Skip, cache_slots, skip_sublayers
 from depthprune.units import Unit, parse
@@ -37,7 +37,6 @@ _REFUSALS = (
     RuntimeError,
     StrictDataclassError,
 )
-_NO_CACHE = ("attention", "mixer")
 
 
 @contextmanager
@@ -55,7 +54,7 @@ def without(model: Model, units: Iterable[Unit | str]) -> Iterator[Model]:
         (module, module.layer_idx) for block in blocks for module in block.modules() if hasattr(module, "layer_idx")
     ]
     try:
-        cache_slots(model.net.config.get_text_config(decoder=True), blocks, _cacheless(model.layout, gone))
+        cache_slots(model.net.config.get_text_config(decoder=True), blocks, model.layout.cacheless(gone))
         with forwards(mutes(blocks, model.layout, gone)):
             yield model
     finally:
@@ -86,15 +85,6 @@ def _bypass(arity: int) -> Callable[..., Any]:
     return forward
 
 
-def _cacheless(layout: Layout, gone: dict[int, frozenset[str] | None]) -> set[int]:
-    """Blocks that write no keys any more: gone whole, or their attention and mixers are."""
-    return {
-        index
-        for index, names in gone.items()
-        if names is None or ({s.name for s in layout.blocks[index].sublayers if s.kind in _NO_CACHE} or {""}) <= names
-    }
-
-
 def drop(model: Model, plan: Plan) -> Model:
     """Make the smaller model that a plan describes; the model handed in stays whole and shares its weights.
 
@@ -106,13 +96,8 @@ def drop(model: Model, plan: Plan) -> Model:
     if not plan.drop:
         return model
     gone = model.layout.gone(plan.drop)
-    if len([names for names in gone.values() if names is None]) == len(model.layout.blocks):
-        raise PlanError("this plan drops every block: nothing would be left")
-    attentions = {
-        index for index, block in enumerate(model.layout.blocks) if "attention" in {s.kind for s in block.sublayers}
-    }
-    if attentions and attentions <= _cacheless(model.layout, gone):
-        raise PlanError("this plan drops every attention: no token would see another; keep at least one")
+    if not model.layout.viable(plan.drop):
+        raise PlanError("this plan drops every block, or every attention: no model would be left; keep at least one")
     shells = not all(layout_block.sublayers for layout_block in model.layout.blocks)
     reason = ""
     for keep_shells in (False, True):
@@ -150,7 +135,7 @@ def _cut(model: Model, gone: dict[int, frozenset[str] | None], shells: bool) -> 
             return net, reason
     spec = _skips(layout, blocks, gone, kept)
     if spec["skip"]:
-        lost = _cacheless(layout, gone)
+        lost = layout.cacheless(gone)
         spec["no_cache"] = [number for number, index in enumerate(kept) if index in lost]
         text.depthprune = spec
         text.per_layer_config = _per_layer(layout, gone, kept)
@@ -210,8 +195,7 @@ def clone(net: nn.Module) -> nn.Module:
 def _differs(model: Model, net: nn.Module, gone: dict[int, frozenset[str] | None]) -> str:
     """Compare the cut network with the muted original on a probe; say by how much they differ, if they do."""
     device = next(net.parameters()).device
-    vocabulary = model.net.get_input_embeddings().weight.shape[0]
-    tokens = torch.randint(vocabulary, PROBE, generator=torch.Generator().manual_seed(2)).to(device)
+    tokens = torch.randint(model.vocabulary, PROBE, generator=torch.Generator().manual_seed(2)).to(device)
     try:
         with forwards(mutes(blocks_of(model.net, model.layout), model.layout, gone)):
             want = model.net(**inputs(tokens, None), use_cache=False)[0]
@@ -219,9 +203,9 @@ def _differs(model: Model, net: nn.Module, gone: dict[int, frozenset[str] | None
         net(**inputs(tokens, None), use_cache=True)  # some hand a state from block to block
     except _REFUSALS as error:
         return f"without those units it does not run ({type(error).__name__}: {' '.join(str(error).split())})"
-    gap = (want - have).abs().max().item()
-    if not gap <= 1e-3 * want.abs().max().item():
-        return f"without those blocks it computes something else (logits differ by {gap:.2g})"
+    if not close(have, want):
+        gap = (want - have).abs().max().item()
+        return f"without those units it computes something else (logits differ by {gap:.2g})"
     return ""
 
 

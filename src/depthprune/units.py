@@ -15,6 +15,7 @@ from depthprune.errors import PlanError
 
 Kind = Literal["block", "attention", "cross_attention", "mlp", "mixer"]
 KINDS: tuple[Kind, ...] = ("block", "attention", "cross_attention", "mlp", "mixer")
+UNITS = ("block", "attention", "mlp", "mixer", "any")  # what can be asked for
 
 _PATTERN = re.compile(r"(?:(?P<stack>[A-Za-z_]\w*)\.)?(?P<block>\d+)(?:\.(?P<sublayer>[A-Za-z_][\w.+]*))?")
 

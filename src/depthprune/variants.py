@@ -8,6 +8,7 @@ however many variants there are. The loss comes from the model's own norm and he
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,7 @@ from depthprune.data import Data, check_vocabulary
 from depthprune.errors import DataError, LayoutError
 from depthprune.layout import Layout, blocks_of, muted
 from depthprune.model import Model
-from depthprune.record import Call, Recording, forwards, head, inputs, once, record, slices
+from depthprune.record import TOKENS, Call, Recording, close, forwards, head, inputs, once, record, slices
 from depthprune.scores import Losses
 from depthprune.surgery import mutes
 from depthprune.units import Unit
@@ -29,8 +30,8 @@ from depthprune.units import Unit
 Gone = dict[int, frozenset[str] | None]
 Progress = Callable[[float, float], None]
 
-CHUNK = 2048  # positions of a head chunk: logits of (2048, V) float32 at the most
-TOKENS = {"cpu": 4096, "cuda": 32768}  # tokens of one call of a block
+# Bytes of the float32 logits of one head chunk: on a CPU so few that they stay in cache and memory is used again.
+LOGITS = {"cpu": 8 << 20, "cuda": 1 << 30}
 
 _EXACT: WeakKeyDictionary[nn.Module, dict[bool, bool]] = WeakKeyDictionary()  # network -> packed -> engine is exact
 
@@ -87,15 +88,19 @@ def losses(
     if run.engine_is_exact():
         run.sweep(result, memory or _memory(model.device))
     else:
+        name = type(model.net).__name__
+        warnings.warn(
+            f"the blocks of {name} cannot be called one by one; using plain forwards, which is slower", stacklevel=2
+        )
         run.plainly(result)
     return result
 
 
 def check(model: Model, data: Data) -> None:
     """Check that text fits a model. Raises ``DataError`` for foreign token ids, long rows, or non-finite positions."""
-    check_vocabulary(data, model.net.get_input_embeddings().weight.shape[0])
-    limit = getattr(model.net.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < data.length:
+    check_vocabulary(data, model.vocabulary)
+    limit = model.positions
+    if limit is not None and limit < data.length:
         raise DataError(
             f"sequences of {data.length} tokens exceed the {limit} positions of {model.reference.id}; "
             f"pass --length {limit}"
@@ -145,6 +150,8 @@ class _Run:
         self.blocks = blocks_of(model.net, model.layout)
         self.arities = [block.arity for block in model.layout.blocks]
         self.rows = max(1, tokens_per_call // data.length)
+        chunk = max(64, LOGITS.get(self.device.type, 8 << 20) // (4 * model.vocabulary))
+        self.chunk = min(chunk, model.positions or chunk)
         self.alive, self.total = trie(model.layout, gone)
         self.total = (self.total + len(gone)) * data.sequences
         self.done = 0.0
@@ -193,8 +200,7 @@ class _Run:
                 with forwards(mutes(self.blocks, self.layout, chosen[node.variants[0]])):
                     plain = self.net(**inputs(tokens.to(self.device), mask.to(self.device)), use_cache=False).logits
                 real = mask.to(self.device)
-                gap = (logits - plain)[real].abs().max()
-                if not gap <= 1e-3 * plain[real].abs().max() + 1e-5:
+                if not close(logits[real], plain[real]):
                     return False
         except (LayoutError, AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
             return False
@@ -208,7 +214,8 @@ class _Run:
                 for rows in slices(self.data.sequences, self.rows):
                     tokens, mask = self.data.tokens[rows].to(self.device), self.data.mask[rows].to(self.device)
                     logits = self._plain(variant, tokens, mask)
-                    result.nll[variant, rows] = _nll(logits[:, :-1], tokens, mask).cpu().numpy()
+                    nll = _nll(logits[:, :-1], tokens[:, 1:]).double() * (mask[:, 1:] & mask[:, :-1])
+                    result.nll[variant, rows] = nll.sum(1).cpu().numpy()
                     self.advance(tokens.shape[0])
 
     def _plain(self, variant: int, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -302,23 +309,23 @@ class _Run:
         return replaced
 
     def loss(self, stream: Tensor, rows: slice) -> np.ndarray:
-        """Per sequence, the summed negative log-likelihood in nats of a final stream, head chunk by head chunk."""
+        """Per sequence, the summed negative log-likelihood in nats of a final stream, head chunk by head chunk.
+
+        What follows the blocks acts on each position alone, so positions of all sequences are taken in one row.
+        """
         tokens, mask = self.data.tokens[rows].to(self.device), self.data.mask[rows].to(self.device)
-        sums = torch.zeros(stream.shape[0], dtype=torch.float64, device=stream.device)
-        length = stream.shape[1]
-        together = max(1, CHUNK // length)
-        for some in slices(stream.shape[0], together):
-            for start in range(0, length - 1, CHUNK):
-                stop = min(start + CHUNK, length - 1)
-                logits = head(self.net, self.blocks, self.arities, stream[some, start:stop])
-                sums[some] += _nll(logits, tokens[some, start : stop + 1], mask[some, start : stop + 1])
+        real = mask[:, 1:] & mask[:, :-1]
+        flat, wanted = stream[:, :-1].reshape(1, -1, stream.shape[-1]), tokens[:, 1:].reshape(1, -1)
+        found = [
+            _nll(head(self.net, self.blocks, self.arities, flat[:, some]), wanted[:, some])
+            for some in slices(flat.shape[1], self.chunk)
+        ]
+        sums = (torch.cat(found, 1).double().view(real.shape) * real).sum(1)
         result: np.ndarray = sums.cpu().numpy()
         return result
 
 
-def _nll(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Sum over positions of -log p of the next token; ``logits`` (B, T-1, V) predict ``tokens[:, 1:]`` (B, T-1)."""
+def _nll(logits: Tensor, wanted: Tensor) -> Tensor:
+    """-log p of the wanted tokens (B, T) under logits (B, T, V), in float32."""
     scores = logits.float()
-    picked = scores.gather(-1, tokens[:, 1:, None]).squeeze(-1)
-    real = mask[:, 1:] & mask[:, :-1]
-    return ((scores.logsumexp(-1) - picked).double() * real).sum(-1)
+    return scores.logsumexp(-1) - scores.gather(-1, wanted[..., None]).squeeze(-1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from depthprune.data import Data
 from depthprune.layout import Block, blocks_of, muted
 from depthprune.model import Model
-from depthprune.record import Call, forwards, once, record, slices
+from depthprune.record import TOKENS, Call, forwards, once, record, slices
 
 Progress = Callable[[float, float], None]
 
@@ -37,11 +37,13 @@ class Seen:
 
 
 @torch.no_grad()
-def walk(model: Model, data: Data, *, tokens_per_call: int = 4096, progress: Progress | None = None) -> Iterator[Seen]:
+def walk(
+    model: Model, data: Data, *, tokens_per_call: int | None = None, progress: Progress | None = None
+) -> Iterator[Seen]:
     """Visit every block with every batch, in that order. Costs about one plain forward without the head."""
     layout, modules = model.layout, blocks_of(model.net, model.layout)
     arities = [block.arity for block in layout.blocks]
-    batches = slices(data.sequences, max(1, tokens_per_call // data.length))
+    batches = slices(data.sequences, max(1, (tokens_per_call or TOKENS.get(model.device.type, 4096)) // data.length))
     masks = [data.mask[rows].to(model.device) for rows in batches]
     recordings = [
         record(model.net, modules, arities, data.tokens[rows].to(model.device), mask)

@@ -118,3 +118,5 @@ FAILED_PROOF: dict[tuple[str, str], str] = {
 PLAIN_FORWARDS: dict[str, str] = {"gemma3n_text": "later blocks read the keys of earlier ones"}
 # Blocks without which a family does not run at all.
 NOT_WITHOUT: dict[str, set[int]] = {"gemma3n_text": {2, 3}}  # they make the keys that the last two read
+# Attention and Mamba of a block share one slot of the cache: without its attention, a block keeps the slot.
+KEEPS_SLOT = {"falcon_h1"}

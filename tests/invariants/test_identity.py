@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import cases
 import pytest
 import torch
 from torch import Tensor, nn
 
-import cases
 import naive
 from depthprune.errors import LayoutError
 from depthprune.layout import discover

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import cases
 import pytest
 import torch
 from torch import Tensor, nn
 
-import cases
 import naive
 from depthprune.layout import blocks_of
 from depthprune.model import Model

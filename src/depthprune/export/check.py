@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -63,10 +64,8 @@ def expect(dense: Model, plan: Plan) -> Expected:
 
 def probe(model: Model) -> Tensor:
     """Random tokens to compare logits on."""
-    vocabulary = model.net.get_input_embeddings().weight.shape[0]
-    positions = getattr(model.net.config.get_text_config(decoder=True), "max_position_embeddings", None) or SHAPE[1]
-    shape = (SHAPE[0], min(SHAPE[1], int(positions) // 2))
-    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(3)).to(model.device)
+    shape = (SHAPE[0], min(SHAPE[1], (model.positions or 2 * SHAPE[1]) // 2))
+    return torch.randint(model.vocabulary, shape, generator=torch.Generator().manual_seed(3)).to(model.device)
 
 
 def check(
@@ -95,7 +94,10 @@ def check_many(folders: Mapping[Path, Expected | None], *, device: str = "cpu") 
             if expected is not None and expected.logits is not None:
                 tensors["logits"] = expected.logits
             file = Path(scratch) / f"{number}.safetensors"
-            save_file(tensors, file)
+            try:
+                save_file(tensors, file)
+            except SafetensorError as error:
+                raise DepthpruneError(f"cannot write a probe into {scratch}: {error}") from None
             for route in routes(config):
                 item = {"path": str(path), "auto": _auto(config), "route": route, "probe": str(file)}
                 request.append(item | {"device": device, "dtype": "float32" if device == "cpu" else _dtype(config)})

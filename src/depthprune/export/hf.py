@@ -19,7 +19,7 @@ from torch import Tensor
 
 from depthprune import skip
 from depthprune.errors import ExportError
-from depthprune.files import new_folder
+from depthprune.files import new_folder, place
 from depthprune.model import Model
 
 MODELLING = "modeling_depthprune"
@@ -35,31 +35,34 @@ def write(model: Model, path: str | Path) -> Path:
     """Write a model as a folder that ``from_pretrained`` loads, in the checkpoint's own dtype.
 
     Dropped weights are really gone. The folder appears whole or not at all.
-    Raises ``ExportError`` where the disk has no room or transformers cannot save the model.
+    Raises ``OptionError`` where the place holds files already, ``ExportError`` where the disk has no room or
+    transformers cannot save the model.
     """
-    path = Path(path)
+    path = place(path, folder=True)
     _room(model, path)
     net, config = model.net, model.net.config
-    before = {name: vars(config).get(name) for name in ("dtype", "auto_map", "architectures")}
+    changed = ("dtype", "auto_map", "architectures")
+    before = {name: vars(config)[name] for name in changed if name in vars(config)}
     try:
         with new_folder(path) as folder:
-            config.dtype = model.dtype
             if uneven(model):
                 config.auto_map = _modelling(net, folder)
             with _quiet():
                 net.save_pretrained(folder, state_dict=_state(net, model.dtype))
+            config.dtype = model.dtype  # where transformers has put the type that the network computes in
+            config.save_pretrained(folder)
             if model.tokenizer is not None:
                 model.tokenizer.save_pretrained(folder)
             if model.plan is not None:
                 model.plan.save(folder / "plan.json")
+            for file in folder.iterdir():  # safetensors makes files that only their owner can read
+                file.chmod((folder / "config.json").stat().st_mode)
     except SafetensorError as error:
         raise ExportError(f"cannot write the weights to {path}: {error}") from None
     finally:
-        for name, value in before.items():
-            if value is None:
-                vars(config).pop(name, None)
-            else:
-                vars(config)[name] = value
+        for name in changed:
+            vars(config).pop(name, None)
+        vars(config).update(before)
     return path
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,41 +26,54 @@ if TYPE_CHECKING:
     from depthprune.oracle import ModelOracle
 
 
-def _cosine(x: Tensor, y: Tensor) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Update:
+    """The sizes of one unit's update ``d = y - x`` at every token (N,): all that the metrics need.
+
+    The cosine follows from sizes alone, ``1 - cos(x, y) = (|d|^2 - (|x| - |y|)^2) / (2 |x| |y|)``, and stays exact
+    where the update is small and ``x . y`` would lose its digits.
+    """
+
+    x1: Tensor
+    x2: Tensor
+    y2: Tensor
+    d1: Tensor
+    d2: Tensor
+
+
+def _cosine(update: Update) -> Tensor:
     """Block influence: ``1 - cos(x, y)`` (ShortGPT, eq. 1; A deeper look at depth pruning; LLM-Drop)."""
-    similarity: Tensor = torch.nn.functional.cosine_similarity(x, y, dim=-1)
-    return 1 - similarity
+    product = update.x2 * update.y2
+    apart = (update.d2 - (update.x2 - update.y2)) * (update.d2 + (update.x2 - update.y2))
+    return torch.where(product > 0, apart / (2 * product), torch.where(product == 0, 1.0, product))
 
 
-def _angular(x: Tensor, y: Tensor) -> Tensor:
+def _angular(update: Update) -> Tensor:
     """Angular distance: ``arccos(cos(x, y)) / pi`` (Gromov et al., eq. 3; there at the last token)."""
-    similarity = torch.nn.functional.cosine_similarity(x.double(), y.double(), dim=-1)
-    return similarity.clamp(-1, 1).arccos() / math.pi
+    return (_cosine(update) / 2).clamp(0, 1).sqrt().arcsin() * 2 / math.pi
 
 
-def _l1(x: Tensor, y: Tensor) -> Tensor:
+def _l1(update: Update) -> Tensor:
     """Update norm ``|y - x|_1`` (A deeper look at depth pruning)."""
-    return (y - x).abs().sum(-1)
+    return update.d1
 
 
-def _l2(x: Tensor, y: Tensor) -> Tensor:
+def _l2(update: Update) -> Tensor:
     """Update norm ``|y - x|_2`` (A deeper look at depth pruning)."""
-    norm: Tensor = torch.linalg.vector_norm(y - x, dim=-1)
-    return norm
+    return update.d2
 
 
-def _relative_l1(x: Tensor, y: Tensor) -> Tensor:
+def _relative_l1(update: Update) -> Tensor:
     """Relative update norm ``|y - x|_1 / |x|_1`` (A deeper look at depth pruning)."""
-    return _l1(x, y) / x.abs().sum(-1)
+    return update.d1 / update.x1
 
 
-def _relative_l2(x: Tensor, y: Tensor) -> Tensor:
+def _relative_l2(update: Update) -> Tensor:
     """Relative update norm ``|y - x|_2 / |x|_2`` (A deeper look at depth pruning)."""
-    size: Tensor = torch.linalg.vector_norm(x, dim=-1)
-    return _l2(x, y) / size
+    return update.d2 / update.x2
 
 
-DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+DISTANCES: dict[str, Callable[[Update], Tensor]] = {
     "cosine": _cosine,
     "angular": _angular,
     "l1": _l1,
@@ -91,12 +104,14 @@ def stream_scores(
         chosen = last_token(seen.mask) if tokens == "last" else seen.mask
         everything = bool(chosen.all())
         streams = [stream.float().flatten(0, 1) if everything else stream[chosen].float() for stream in seen.streams]
-        pairs = {Unit("", seen.block.index): (streams[0], streams[-1])}
+        sizes = [_sizes(stream) for stream in streams]
+        pairs = {Unit("", seen.block.index): (0, len(streams) - 1)}
         for position, sublayer in enumerate(seen.block.sublayers):
-            pairs[Unit("", seen.block.index, sublayer.name)] = (streams[position], streams[position + 1])
-        for name in metrics:
-            for unit, (x, y) in pairs.items():
-                total = DISTANCES[name](x, y).sum(dtype=torch.float64)
+            pairs[Unit("", seen.block.index, sublayer.name)] = (position, position + 1)
+        for unit, (x, y) in pairs.items():
+            update = Update(*sizes[x], sizes[y][1], *_sizes(streams[y] - streams[x]))
+            for name in metrics:
+                total = DISTANCES[name](update).sum(dtype=torch.float64)
                 sums[name][unit] = sums[name].get(unit, 0) + total
     count = data.sequences if tokens == "last" else data.tokens_total
     order = (*model.layout.units("block"), *(u for u in model.layout.units("any") if u.sublayer))
@@ -119,10 +134,16 @@ def spans(model: Model, data: Data, metric: str, length: int, *, tokens: str = "
         queue.append(seen.streams[0][chosen].float())
         if len(queue) == length:
             first = seen.block.index - length + 1
-            total = DISTANCES[metric](queue.pop(0), seen.streams[-1][chosen].float()).sum(dtype=torch.float64)
-            sums[first] = sums.get(first, 0) + total
+            x, y = queue.pop(0), seen.streams[-1][chosen].float()
+            update = Update(*_sizes(x), _sizes(y)[1], *_sizes(y - x))
+            sums[first] = sums.get(first, 0) + DISTANCES[metric](update).sum(dtype=torch.float64)
     count = data.sequences if tokens == "last" else data.tokens_total
     return {first: (total / count).item() for first, total in sums.items()}
+
+
+def _sizes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``|x|_1`` and ``|x|_2`` at every token (N,)."""
+    return torch.linalg.vector_norm(x, 1, dim=-1), torch.linalg.vector_norm(x, dim=-1)
 
 
 def last_token(mask: Tensor) -> Tensor:

@@ -17,7 +17,9 @@ from depthprune.units import Unit
 class Oracle(Protocol):
     """What a selector may ask about a model."""
 
-    ledger: Ledger
+    @property
+    def ledger(self) -> Ledger:
+        """What budgets count with."""
 
     @property
     def evaluations(self) -> int:
@@ -48,8 +50,9 @@ class Step:
 
     def to_json(self) -> dict[str, Any]:
         """The step as plain values for the plan."""
-        fields: dict[str, Any] = {"unit": str(self.unit), "loss": self.loss, "score": self.score}
-        fields["se"] = self.error if self.error is not None and math.isfinite(self.error) else None
+        fields: dict[str, Any] = {"unit": str(self.unit)}
+        for name, value in (("loss", self.loss), ("score", self.score), ("se", self.error)):
+            fields[name] = value if value is not None and math.isfinite(value) else None  # JSON has no others
         fields["ties"] = [str(unit) for unit in self.ties] or None
         return {name: value for name, value in fields.items() if value is not None}
 
@@ -81,7 +84,9 @@ def lowest(oracle: Oracle, candidates: Sequence[Unit], budget: Budget) -> Select
     for unit in sorted(candidates, key=lambda unit: (scores[unit], order[unit])):
         if budget.met(oracle.ledger, gone):
             break
-        gone.append(unit)
+        if oracle.ledger.viable(frozenset((*gone, unit))):
+            gone.append(unit)
+    budget.insist(oracle.ledger, gone)
     return Selection(tuple(Step(u, score=scores[u]) for u in gone), oracle.evaluations - start, nested=True)
 
 
@@ -100,7 +105,7 @@ def contiguous(oracle: Oracle, candidates: Sequence[Unit], budget: Budget) -> Se
             if not _consecutive(window):
                 break
             if budget.met(oracle.ledger, window):
-                windows.append(window)
+                windows += [window] if oracle.ledger.viable(frozenset(window)) else []
                 break
     if not windows:
         raise BudgetError(

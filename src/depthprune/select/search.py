@@ -41,7 +41,9 @@ def greedy(
     start = oracle.evaluations
     current = dense = float(oracle.losses([frozenset()]).mean()[0])
     while not budget.met(oracle.ledger, gone):
-        left = [unit for unit in candidates if unit not in gone]
+        left = [u for u in candidates if u not in gone and oracle.ledger.viable(frozenset((*gone, u)))]
+        if not left:
+            break
         fresh: dict[Unit, int] = {}
         measured: list[tuple[Unit, Losses]] = []
         while len(fresh) < len(left):
@@ -63,6 +65,7 @@ def greedy(
         steps.append(_step(chosen, chosen_losses, base, measured))
         gone = (*gone, chosen)
         oracle.note(f"{len(gone)}. {chosen}: loss {current:.4f} (dense {dense:.4f})")
+    budget.insist(oracle.ledger, gone)
     return Selection(tuple(steps), oracle.evaluations - start, nested=True, dense=dense)
 
 

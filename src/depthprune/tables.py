@@ -1,0 +1,98 @@
+"""Results as a person reads them: a table or a few lines for what the commands found. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from depthprune.console import human, table
+
+if TYPE_CHECKING:
+    from depthprune.layout import Layout
+    from depthprune.scores import Scores
+
+
+def units(layout: Layout, title: str) -> tuple[list[dict[str, Any]], Table]:
+    """What can be dropped from a model, as plain values and as a table: a block, then its sublayers."""
+    value, rows = [], []
+    for block in layout.blocks:
+        inner = [
+            {"unit": f"{block.index}.{s.name}", "kind": s.kind, "parameters": s.parameters} for s in block.sublayers
+        ]
+        whole = {"unit": str(block.index), "kind": "block", "parameters": block.parameters}
+        cache = {"kv_bytes_per_token": block.kv_bytes_per_token, "reason": block.reason}
+        value.append({**whole, **cache, "sublayers": inner})
+        for unit in (whole, *inner):
+            first = (str(unit["unit"]) if unit is whole else f"  {unit['unit']}", str(unit["kind"]))
+            share = f"{int(str(unit['parameters'])) / layout.parameters:.1%}"
+            rest = (f"{block.kv_bytes_per_token:,}", block.reason) if unit is whole else ("", "")
+            rows.append((*first, f"{unit['parameters']:,}", share, *rest))
+    return value, table(("unit", "kind", "parameters", "share", "KV bytes/token", "why not finer"), rows, title)
+
+
+def scored(every: Mapping[str, Scores], layout: Layout, title: str) -> Table:
+    """The scores of units under one or more metrics, in the order of the first."""
+    first, *_ = every.values()
+    rows = [
+        (str(unit), layout.kind(unit), *(_score(s.values[unit], s.errors.get(unit)) for s in every.values()))
+        for unit in first.ranked()
+    ]
+    return table(("unit", "kind", *every), rows, title)
+
+
+def _score(value: float, error: float | None) -> str:
+    return f"{value:.5f}" if error is None else f"{value:.5f} ± {error:.5f}"
+
+
+def evaluated(value: Mapping[str, Any]) -> Table:
+    """The perplexities and sizes of an ``eval.json``."""
+    base = value["models"][0]["perplexity"]
+    rows = [
+        (
+            entry["name"],
+            f"{entry['perplexity']:.3f}",
+            f"{entry['perplexity'] / base:.3f}x",
+            f"{entry['parameters']:,}",
+            human(entry["bytes"]),
+            f"{entry['kv_bytes_per_token']:,}",
+        )
+        for entry in value["models"]
+    ]
+    columns = ("model", "perplexity", "ratio", "parameters", "bytes", "KV bytes/token")
+    return table(columns, rows, f"{value['text']['name']}, {value['text']['tokens']:,} tokens")
+
+
+def timed(value: Mapping[str, Any]) -> Table:
+    """The times of a ``bench.json``."""
+    keys = ("prefill_ms", "decode_ms_per_token")
+    rows = [
+        (entry["name"], *("" if entry.get(key) is None else f"{entry[key]:.3f}" for key in keys))
+        for entry in value["models"]
+    ]
+    return table(("model", "prefill ms", "decode ms/token"), rows)
+
+
+def conclusion(summary: Mapping[str, Any], out: Path, page: Path, *, passed: bool) -> str:
+    """What a run found, in a dozen lines."""
+    names = {
+        "perplexity": "perplexity",
+        "parameters": "parameters",
+        "bytes": "bytes on disk",
+        "kv_bytes_per_token": "KV cache bytes per token",
+        "prefill_ms": "prefill, ms",
+        "decode_ms_per_token": "decode, ms per token",
+    }
+    lines = [f"{'':26}{'dense':>14}{'pruned':>14}{'ratio':>9}"]
+    for key, name in names.items():
+        if key in summary:
+            before, after = summary[key]
+            form = ",.0f" if isinstance(before, int) else ",.2f"
+            ratio = f"{after / before:.3f}x" if before else ""
+            lines.append(f"{name:26}{before:>14{form}}{after:>14{form}}{ratio:>9}")
+    lines += ["", f"dropped: {' '.join(summary['drop'])}"]
+    lines += [f"proofs:  {'every one held' if passed else 'FAILED, see the report'}"]
+    lines += [f"model:   {out / 'model'}", f"report:  {page}"]
+    return "\n".join(lines)
