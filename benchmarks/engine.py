@@ -11,12 +11,14 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import depthprune
+from depthprune import demo
 from depthprune.data import Data, calibrate, digest
 from depthprune.metrics.stream import stream_scores
 from depthprune.model import Model, load, wrap
@@ -70,8 +72,8 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 def main() -> None:
     """Measure, print, and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("text", nargs="?")
+    parser.add_argument("model", nargs="?", default=str(demo.unpack()))
+    parser.add_argument("text", nargs="?", default=str(demo.CALIBRATION))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--units", default="any")
     parser.add_argument("--sequences", type=int, default=8)
@@ -118,7 +120,9 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "depthprune": depthprune.__version__,
-        "arguments": vars(arguments),
+        "arguments": {
+            key: Path(value).name if isinstance(value, str) else value for key, value in vars(arguments).items()
+        },
         "variants": len(variants),
         "seconds": seconds,
         "engine_over_naive": middle["engine"] / middle["naive"],

@@ -9,11 +9,13 @@ import argparse
 import json
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import depthprune
+from depthprune import demo
 from depthprune.data import Data, calibrate
 from depthprune.model import Model, load
 from depthprune.oracle import ModelOracle
@@ -45,12 +47,17 @@ def run(model: Model, data: Data, test: Data, budget: str, unit: str, select: st
     }
 
 
+def short(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments, with files by their names alone."""
+    return {key: Path(value).name if isinstance(value, str) else value for key, value in vars(arguments).items()}
+
+
 def main() -> None:
     """Run all selectors on one model and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("calibration")
-    parser.add_argument("test")
+    parser.add_argument("model", nargs="?", default=str(demo.unpack()))
+    parser.add_argument("calibration", nargs="?", default=str(demo.CALIBRATION))
+    parser.add_argument("test", nargs="?", default=str(demo.TEST))
     parser.add_argument("--drop", default="25%")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--test-sequences", type=int, default=128)
@@ -67,7 +74,7 @@ def main() -> None:
     dense = math.exp(losses(model, test, [parse(())]).mean()[0])
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     result: dict[str, Any] = {"device": name, "depthprune": depthprune.__version__, "torch": torch.__version__}
-    result |= {"arguments": vars(arguments), "dense_test_perplexity": dense, "rows": []}
+    result |= {"arguments": short(arguments), "dense_test_perplexity": dense, "rows": []}
     print(f"{name}; dense test perplexity {dense:.3f}")
     for seed in arguments.seeds:
         data = calibrate(

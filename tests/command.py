@@ -77,7 +77,7 @@ def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def desk(tmp_path: Path, workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of one's own, to work in, with the model and the texts of the workshop."""
     for item in workshop.iterdir():
         (tmp_path / item.name).symlink_to(item)

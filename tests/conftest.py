@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from command import desk, unproven, workshop  # noqa: F401
 from depthprune.model import Model, wrap
 from families import tiny
 
@@ -16,8 +17,8 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True, scope="session")
 def _quiet() -> None:
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ def removed(net: nn.Module, units: Iterable[Unit]) -> Iterator[nn.Module]:
     for unit in units:
         if unit.block not in whole:
             places += [(blocks[unit.block], name) for name in unit.sublayer.split("+") if name]
-    parts = [owner._modules[name] for owner, name in places]
+    parts = [owner.get_submodule(name) for owner, name in places]
     answers = lengths(net, parts)
     for (owner, name), part in zip(places, parts, strict=True):
         owner._modules[name] = Zero(part, answers[part], owner is blocks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,6 @@ from safetensors.torch import load_file
 import naive
 from depthprune.errors import CheckpointError, DepthpruneError, ExportError, OptionError
 from depthprune.export import check, export
-from depthprune.export import hf as hf_form
 from depthprune.export.check import check_many, routes
 from depthprune.export.prove import generation_gap
 from depthprune.model import Model, load, wrap
@@ -60,7 +60,7 @@ def test_an_uneven_folder_carries_its_modelling_file(subject: Callable[..., Mode
 
 
 def test_weights_keep_the_dtype_of_the_checkpoint(tmp_path: Path) -> None:
-    net = tiny("llama_tied").to(torch.bfloat16)
+    net = tiny("llama_tied").bfloat16()
     net.save_pretrained(tmp_path / "in")
     make_tokenizer().save_pretrained(tmp_path / "in")
     model = load(tmp_path / "in", device="cpu")
@@ -104,7 +104,7 @@ def test_loading_what_was_written_and_pruning_it_again(subject: Callable[..., Mo
 def test_no_room_is_said_before_anything_is_written(
     subject: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hf_form.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(ExportError, match=r"^no room for [^\n]+ and 1,000 are free$"):
         export(subject("llama"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -145,7 +145,7 @@ def test_the_check_reads_the_plan_of_the_folder(subject: Callable[..., Model], t
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="it has no config.json"):
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
         check(tmp_path)
 
 

@@ -103,7 +103,7 @@ def test_units_that_do_not_exist_are_named(unit: str, subject: Callable[..., Mod
 def replaced(model: Any, index: int, forward: Callable[..., Any]) -> None:
     block = naive.stack_of(model)[index]
     own = block.forward
-    block.forward = lambda *args, **kwargs: forward(block, own, *args, **kwargs)  # type: ignore[assignment]
+    block.forward = lambda *args, **kwargs: forward(block, own, *args, **kwargs)
 
 
 def test_a_block_that_adds_a_little_is_not_proven() -> None:

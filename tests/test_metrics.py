@@ -137,7 +137,7 @@ def test_the_last_token_is_the_last_real_one() -> None:
 
 
 def test_a_wrong_choice_of_tokens_is_refused(subject: Callable[..., Model]) -> None:
-    with pytest.raises(OptionError, match="unknown tokens='first' for l2. Available: all, last"):
+    with pytest.raises(OptionError, match=r"unknown tokens='first' for l2\. Available: all, last"):
         stream_scores(subject("llama"), text(False), ["l2"], tokens="first")
 
 

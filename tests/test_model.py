@@ -63,7 +63,7 @@ def test_a_good_folder_loads(good: Path) -> None:
 
 
 def test_the_checkpoint_keeps_its_own_dtype(tmp_path: Path) -> None:
-    tiny("llama").to(torch.bfloat16).save_pretrained(tmp_path)
+    tiny("llama").bfloat16().save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     model = load(tmp_path, device="cpu")
     assert next(model.net.parameters()).dtype == torch.float32
@@ -135,7 +135,7 @@ def test_pickles_are_read_only_when_allowed(folder: Path) -> None:
 def test_the_fingerprint_knows_weights_names_and_shapes() -> None:
     one: Any = tiny("llama")
     first = fingerprint(one)
-    assert first == fingerprint(tiny("llama")) == fingerprint(tiny("llama").to(torch.bfloat16))
+    assert first == fingerprint(tiny("llama")) == fingerprint(tiny("llama").bfloat16())
     assert first != fingerprint(tiny("llama", seed=1))
     assert first != fingerprint(tiny("llama_tied"))
     with torch.no_grad():

@@ -13,6 +13,7 @@ from depthprune import surgery
 from depthprune.errors import LayoutError, PlanError
 from depthprune.model import Model
 from depthprune.plan import Plan, Reference
+from depthprune.shrink import shrink
 from depthprune.surgery import clone, drop, renumber, without
 from depthprune.units import parse
 from families import tiny
@@ -81,7 +82,7 @@ def test_an_empty_plan_changes_nothing(subject: Callable[..., Model]) -> None:
     [
         (["0", "1", "2", "3"], "drops every block"),
         (["0", "1.self_attn", "1.mlp", "2", "3"], "drops every block"),
-        ([f"{index}.self_attn" for index in range(4)], "drops every attention"),
+        ([f"{index}.self_attn" for index in range(4)], "every attention"),
         (["9"], "blocks 0 to 3"),
         (["1.attn"], "no droppable sublayer 'attn'"),
     ],
@@ -104,7 +105,7 @@ def test_a_plan_for_another_model_is_refused(subject: Callable[..., Model]) -> N
 def test_a_configuration_that_does_not_fit_leaves_shells(
     subject: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = surgery.shrink
+    own = shrink
     model = subject("qwen2_sliding")
     right = drop(model, plan(model, "1"))
     monkeypatch.setattr(surgery, "shrink", lambda config, kept, total: own(config, kept[::-1], total))

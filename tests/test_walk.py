@@ -12,6 +12,7 @@ import naive
 from depthprune import walk as walking
 from depthprune.data import Data, digest
 from depthprune.model import Model
+from depthprune.record import once
 from depthprune.units import Unit
 from depthprune.walk import walk
 
@@ -35,7 +36,7 @@ def test_each_weight_is_used_once_per_batch(subject: Callable[..., Model]) -> No
     model, data = subject("granitemoeshared"), text(2)
     calls: dict[torch.nn.Module, int] = {}
     for block in naive.stack_of(model.net):
-        for part in (block.self_attn.q_proj, block.shared_mlp.output_linear):  # type: ignore[union-attr]
+        for part in (block.get_submodule("self_attn.q_proj"), block.get_submodule("shared_mlp.output_linear")):
             part.register_forward_hook(lambda module, *_: calls.update({module: calls.get(module, 0) + 1}))
     list(walk(model, data))
     assert list(calls.values()) == [1] * 8
@@ -51,7 +52,7 @@ def test_the_stream_after_a_sublayer_is_the_block_with_the_later_ones_swapped_ou
         for position in range(1, len(sublayers) + 1):
             later = [Unit("", index, s.name) for s in sublayers[position:]]
             heard: list[Any] = []
-            block = naive.stack_of(model.net)[index]
+            block: torch.nn.Module = naive.stack_of(model.net)[index]
             hook = block.register_forward_hook(lambda _, given, out, heard=heard: heard.append(out))
             with naive.removed(model.net, later):
                 naive.logits(model.net, data.tokens)
@@ -68,7 +69,7 @@ def test_the_comparison_sees_a_stale_replay(subject: Callable[..., Model], monke
     model, data = subject("llama"), text(4)
     want = naive.logits(model.net, data.tokens)
     shelf: dict[Any, Any] = {}
-    own = walking.once
+    own = once
     # Keeps what it computed from one batch to the next.
     monkeypatch.setattr(walking, "once", lambda module, key, kept: own(module, (module, key), shelf))
     seen = list(walk(model, data, tokens_per_call=24))

@@ -113,7 +113,7 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 DataOption = Annotated[str, option("--data", DATA_HELP)]
 DropOption = Annotated[str, option("--drop", DROP_HELP)]
 OutOption = Annotated[Path, option("--out", "Where to write the result.")]
-FormOption = Annotated[str, option("--form", "The form to write: hf.")]
+FormOption = Annotated[str, option("--form", "The form to write: `hf`, or `plain` (whole blocks only).")]
 
 
 def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -29,7 +29,7 @@ TABLES: dict[str, dict[str, str]] = {
         "greedy": "depthprune.select.search:greedy",
     },
     "recoverers": {},
-    "forms": {"hf": "depthprune.export.hf:write"},
+    "forms": {"hf": "depthprune.export.hf:write", "plain": "depthprune.export.hf:plain"},
 }
 
 

@@ -327,5 +327,5 @@ class _Run:
 
 def _nll(logits: Tensor, wanted: Tensor) -> Tensor:
     """-log p of the wanted tokens (B, T) under logits (B, T, V), in float32."""
-    scores = logits.float()
-    return scores.logsumexp(-1) - scores.gather(-1, wanted[..., None]).squeeze(-1)
+    nll = torch.nn.functional.cross_entropy(logits.float().flatten(0, -2), wanted.flatten(), reduction="none")
+    return nll.view(wanted.shape)

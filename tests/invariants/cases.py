@@ -75,7 +75,7 @@ NO_SUBLAYERS: dict[str, str] = {
 }
 SOME_SUBLAYERS = {"rwkv", "zamba", "zamba2"}  # those of the above where other blocks are proven
 
-ONE_ATTENTION = "drops every attention"  # the positions of the cache are counted where keys are written
+ONE_ATTENTION = "every attention"  # the positions of the cache are counted where keys are written
 # Plans that ``drop`` refuses, and what it must say.
 REFUSED: dict[tuple[str, str], str] = {
     ("gemma3n_text", "block"): "the shape (96, 40)",  # its embeddings hold a slice for every block

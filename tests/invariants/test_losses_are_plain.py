@@ -69,7 +69,8 @@ def test_small_calls_shards_and_large_calls_agree(name: str) -> None:
     subject, data = cases.model(name), cases.text(padded=True, rows=5)
     chosen = every(subject)
     whole = losses(subject, data, chosen, tokens_per_call=1 << 16)
-    for options in ({"tokens_per_call": 1}, {"memory": 1}, {"tokens_per_call": 45, "memory": 1}):
+    small: tuple[dict[str, Any], ...] = ({"tokens_per_call": 1}, {"memory": 1}, {"tokens_per_call": 45, "memory": 1})
+    for options in small:
         other = losses(subject, data, chosen, **options)
         assert float((np.abs(other.nll - whole.nll) / whole.tokens).max()) < 1e-6
 
@@ -101,7 +102,7 @@ def thinned(name: str, variants: Sequence[Variant]) -> Any:
 
 @pytest.mark.parametrize("options", [{}, {"memory": 1}, {"tokens_per_call": 1}], ids=str)
 @pytest.mark.parametrize("exact", [True, False], ids=["engine", "plain"])
-def test_progress_rises_to_the_total(exact: bool, options: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_rises_to_the_total(exact: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     subject, data = cases.model("llama"), cases.text(rows=5)
     if not exact:
         monkeypatch.setitem(engine._EXACT, subject.net, {True: False})

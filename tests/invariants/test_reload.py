@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import cases
 import pytest
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from depthprune.export import export
@@ -124,9 +126,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, E
 
 def damaged(place: Path, expected: dict[str, Expected], work: Path) -> dict[str, tuple[Path, Expected]]:
     """Copies of good folders, each with one defect."""
-    import shutil
-
-    from safetensors.torch import load_file, save_file
 
     def copy(sort: str, defect: str) -> Path:
         target = work / f"{sort}-{defect}"
@@ -254,8 +253,6 @@ def test_stock_transformers_refuses_every_uneven_folder(tmp_path: Path) -> None:
 
 def test_without_its_tombstone_stock_transformers_would_load_random_weights(tmp_path: Path) -> None:
     """The twin: this is what the empty tensor is for."""
-    from safetensors.torch import load_file, save_file
-
     model = cases.model("llama")
     folder = export(drop(model, cases.plan(model, cases.plans(model.layout)["attention"])), tmp_path / "folder")
     state = load_file(folder / "model.safetensors")

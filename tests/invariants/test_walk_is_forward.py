@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import cases
@@ -30,7 +31,7 @@ def test_the_last_stream_gives_the_logits(name: str, padded: bool) -> None:
     seen = list(walk(subject, data))
     assert [one.block.index for one in seen] == list(range(len(subject.layout.blocks)))
     assert all(len(one.streams) == max(1, len(one.block.sublayers)) + 1 for one in seen)
-    for one, following in zip(seen, seen[1:], strict=False):
+    for one, following in pairwise(seen):
         assert following.streams[0] is one.streams[-1]
     assert torch.equal(walked(subject, seen)[data.mask], naive.logits(subject.net, data.tokens, data.mask)[data.mask])
 

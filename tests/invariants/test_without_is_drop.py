@@ -131,9 +131,9 @@ def test_the_trace_sees_what_is_left_behind(leftover: str) -> None:
     traces = trace(model.net)
     block = naive.stack_of(model.net)[1]
     if leftover == "forward":
-        block.mlp.forward = lambda stream: stream * 0  # type: ignore[union-attr, assignment]
+        block.mlp.forward = lambda stream: stream * 0  # type: ignore[union-attr]
     elif leftover == "slot":
-        block.self_attn.layer_idx = 0  # type: ignore[union-attr, assignment]
+        block.self_attn.layer_idx = 0  # type: ignore[union-attr]
     else:
         model.net.config.kv_sharing_modes = ["reuse", None, None, None]
     assert trace(model.net) != traces

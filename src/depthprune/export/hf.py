@@ -66,6 +66,20 @@ def write(model: Model, path: str | Path) -> Path:
     return path
 
 
+def plain(model: Model, path: str | Path) -> Path:
+    """Write a model as a plain checkpoint of its architecture, for loaders that run no code of others.
+
+    Raises ``ExportError`` where the model misses sublayers, which a plain checkpoint cannot say.
+    """
+    if uneven(model):
+        skipped = model.net.config.get_text_config(decoder=True).depthprune["skip"]
+        where = ", ".join(sorted(skipped, key=int)[:6])
+        raise ExportError(
+            f"form plain cannot express this plan: sublayers of its blocks {where} are gone, not whole blocks; form hf can"
+        )
+    return write(model, path)
+
+
 def _room(model: Model, path: Path) -> None:
     place = path.absolute()
     while not place.exists():

@@ -1,0 +1,153 @@
+"""The commands, each as a user meets it; what they refuse is in test_errors_end_to_end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+
+from command import SMALL, copy, leftovers, run
+from depthprune import __version__, cli, registry
+from depthprune.plan import Plan
+
+COMMANDS = sorted(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+OPTIONS = {
+    "inspect": "--tokenizer --revision --allow-pickle --trust-remote-code",
+    "score": "--data --metric --unit --sequences --length --field --memory --out",
+    "plan": "--drop --data --unit --metric --select --protect --out",
+    "drop": "--stand-in --form --out",
+    "check": "--against",
+    "eval": "--text --window --stride --windows --field --out",
+    "bench": "--batch --prompt --new --repeats --out",
+    "export": "--form --out",
+    "report": "--open",
+    "prune": "--drop --data --out --demo --recover --text --form --no-bench --resume --overwrite --memory --protect",
+    "list": "",
+}
+COMMON = "--seed --device --dtype --quiet --json --help"
+
+
+def test_every_command_has_its_options_listed_here() -> None:
+    assert sorted(OPTIONS) == COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_lists_every_option(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    done = run(command, "--help")
+    assert done.code == 0 and not done.err
+    words = set(done.out.split())
+    assert {*OPTIONS[command].split(), *COMMON.split()} <= words
+
+
+def test_help_of_every_command_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom depthprune.cli import main\n"
+        f"for words in ([], ['--help'], ['--version'], *([c, '--help'] for c in {COMMANDS})):\n"
+        "    sys.argv = ['depthprune', *words]\n"
+        "    try:\n        main()\n    except SystemExit:\n        pass\n"
+        "print('HEAVY', sorted({'torch', 'transformers', 'numpy', 'matplotlib', 'datasets'} & set(sys.modules)))\n"
+        "import depthprune.layout\nprint('torch' in sys.modules)\n"  # what the check would see
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-2:] == ["HEAVY []", "True"]
+
+
+def test_alone_it_shows_its_commands() -> None:
+    done, asked = run(), run("--help")
+    assert done.out.split() == asked.out.split() and asked.code == 0
+    assert not done.err and set(COMMANDS) <= set(done.out.split())
+
+
+def test_version() -> None:
+    assert run("--version").out == f"depthprune {__version__}\n"
+
+
+def test_lists() -> None:
+    for what in registry.TABLES:
+        shown, plain = run("list", what, "--json"), run("list", what)
+        assert json.loads(shown.out) == list(registry.names(what)) and not shown.err
+        assert plain.out.split() == json.loads(shown.out) or plain.out == f"no {what} in this release\n"
+
+
+def test_inspect_shows_every_unit(desk: Path) -> None:
+    done = run("inspect", "model")
+    units = [f"{index}{part}" for index in range(4) for part in ("", ".self_attn", ".mlp")]
+    assert [word for word in done.out.split() if word[0] in "0123" and word in units] == units
+    value = json.loads(run("inspect", "model", "--json").out)
+    assert value["parameters"] == sum(t.numel() for t in load_file("model/model.safetensors").values())
+    assert sum(block["kv_bytes_per_token"] for block in value["blocks"]) == value["kv_bytes_per_token"] == 512
+    assert [unit["unit"] for block in value["blocks"] for unit in (block, *block["sublayers"])] == units
+
+
+def test_score_and_plan_agree(desk: Path) -> None:
+    done = run("score", "model", "--data", "text.txt", "--out", "scores.json", *SMALL, "--json", "--quiet")
+    value = json.loads(done.out)
+    assert done.code == 0 and value == json.loads(Path("scores.json").read_text())
+    assert set(value["metrics"]) == {"loss", "cosine"} and not done.err
+    scores = {unit: entry["score"] for unit, entry in value["metrics"]["loss"]["units"].items()}
+    words = ("plan", "model", "--drop", "2 units", "--data", "text.txt", *SMALL, "--protect", "none")
+    assert run(*words, "--select", "lowest", "--out", "lowest.json").code == 0
+    assert [str(unit) for unit in Plan.load("lowest.json").drop] == sorted(scores, key=scores.__getitem__)[:2]
+    done = run(*words, "--select", "greedy", "--out", "greedy.json", "--json")
+    assert json.loads(done.out)["drop"] == [str(unit) for unit in Plan.load("greedy.json").drop]
+    assert json.loads(done.out)["drop"][0] == min(scores, key=scores.__getitem__)
+
+
+def test_the_same_seed_gives_the_same_plan(desk: Path) -> None:
+    words = ("plan", "model", "--drop", "25%", "--data", "text.txt", *SMALL, "--out")
+    for name, seed in (("a.json", 7), ("b.json", 7), ("c.json", 8)):
+        assert run(*words, name, "--seed", seed).code == 0
+    a, b, c = (Path(name).read_text() for name in ("a.json", "b.json", "c.json"))
+    assert a == b
+    assert json.loads(a)["why"]["data"]["digest"] != json.loads(c)["why"]["data"]["digest"]
+
+
+def test_eval_and_bench_put_models_side_by_side(desk: Path) -> None:
+    words = ("eval", "model", "other-model", "--text", "test.txt", "--window", "64", "--stride", "32")
+    done = run(*words, "--out", "eval.json", "--json", "--quiet")
+    value = json.loads(done.out)
+    assert [entry["name"] for entry in value["models"]] == ["model", "other-model"] and not done.err
+    assert value["text"]["tokens"] == 1500 and value == json.loads(Path("eval.json").read_text())
+    shown = run(*words, "--out", "eval.json").out
+    assert all(f"{entry['perplexity']:.3f}" in shown for entry in value["models"])
+    words = ("bench", "model", "other-model", "--prompt", "8", "--new", "2", "--repeats", "1", "--out", "bench.json")
+    value = json.loads(run(*words, "--json").out)
+    assert [entry["name"] for entry in value["models"]] == ["model", "other-model"]
+    assert all(entry["prefill_ms"] > 0 for entry in value["models"])
+
+
+def test_drop_and_check_and_export(desk: Path) -> None:
+    """A hand-written plan; then the damage that a check has to find."""
+    plan = {"format": 1, "model": {"id": "model"}, "drop": ["1", "2"]}
+    Path("plan.json").write_text(json.dumps(plan))
+    done = run("drop", "model", "plan.json", "--out", "small", "--json", "--quiet")
+    assert done.code == 0 and not done.err and json.loads(done.out)["passed"]
+    assert json.loads(Path("small/config.json").read_text())["num_hidden_layers"] == 2 and not leftovers(desk)
+    assert run("export", "small", "--out", "again").out == "written to again\n"
+    first, again = (load_file(f"{name}/model.safetensors") for name in ("small", "again"))
+    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+
+    changed, lacking = copy(Path("small"), Path("changed")), copy(Path("small"), Path("lacking"))
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file(first | {name: first[name] * 1.5}, changed / "model.safetensors", {"format": "pt"})
+    save_file({k: v for k, v in first.items() if k != name}, lacking / "model.safetensors", {"format": "pt"})
+    found = run("check", "changed", "--against", "model")
+    assert found.code == 1 and "FAIL logits (plain transformers)" in found.out and not found.err
+    found = run("check", "lacking", "--json")
+    assert found.code == 1 and name in found.out and json.loads(found.out)["passed"] is False
+    assert run("check", "changed").code == 0  # without a reference nothing is wrong with it
+
+
+def test_other_users_can_read_what_was_exported(desk: Path) -> None:
+    assert run("export", "model", "--out", "again").code == 0
+    modes = {file.stat().st_mode & 0o777 for file in Path("again").iterdir()}
+    written = desk / "mine"
+    written.write_text("")
+    assert modes == {written.stat().st_mode & 0o777}

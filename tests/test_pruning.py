@@ -1,0 +1,269 @@
+"""The main job: what a run leaves behind, and how one that was stopped at any moment goes on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from command import SMALL, furnish, hold, interrupt, leftovers, run
+from depthprune import oracle, pruning
+from depthprune.export import Proof, hf
+from depthprune.plan import Plan
+
+RUN = ("prune", "model", "--data", "text.txt", "--text", "test.txt", *SMALL)
+FILES = {"bench.json", "check.json", "eval.json", "log.txt", "losses.jsonl", "model", "plan.json", "report.html"}
+FILES |= {"run.json", "scores.json"}
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c() -> Iterator[None]:
+    """Test workers may ignore interrupts; a shell's commands do not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def read(path: str) -> Any:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which one complete run lies, proofs and all."""
+    folder = furnish(tmp_path_factory.mktemp("finished"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        done = run(*RUN, "--out", "run", "--json")
+        (folder / "out.txt").write_text(done.out, encoding="utf-8")
+        (folder / "err.txt").write_text(done.err, encoding="utf-8")
+        assert done.code == 0, done.err
+    return folder
+
+
+@pytest.fixture
+def there(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(finished)
+    return finished
+
+
+def test_a_run_leaves_its_files(there: Path) -> None:
+    assert {path.name for path in (there / "run").iterdir()} == FILES and not leftovers(there)
+    assert read("run/check.json")["passed"] and all(proof["passed"] for proof in read("run/check.json")["proofs"])
+    dense, pruned = read("run/eval.json")["models"]
+    assert 0.5 < pruned["perplexity"] / dense["perplexity"] < 2
+    weights = load_file("run/model/model.safetensors")
+    assert pruned["parameters"] == sum(tensor.numel() for tensor in weights.values()) < dense["parameters"]
+    plan = Plan.load("run/plan.json")
+    assert dense["parameters"] - pruned["parameters"] == plan.frees["parameters"] >= 0.25 * 4 * 7744
+    assert pruned["bytes"] == Path("run/model/model.safetensors").stat().st_size
+    assert plan == Plan.load("run/model/plan.json")
+    assert plan.why["evaluations"] == len(Path("run/losses.jsonl").read_text().splitlines()) - 1  # one is the header
+
+
+def test_json_is_one_document_and_the_report_holds_its_numbers(there: Path) -> None:
+    value = json.loads((there / "out.txt").read_text())
+    page = Path("run/report.html").read_text(encoding="utf-8")
+    assert value["passed"] and value["report"] == "run/report.html"
+    assert value["drop"] == [str(unit) for unit in Plan.load("run/plan.json").drop]
+    for number in value["perplexity"]:
+        assert f"{number:.4g}" in page or f"{number:.2f}" in page or f"{number:.1f}" in page
+    assert all(unit in page for unit in value["drop"])
+
+
+def test_the_log_holds_what_was_said(there: Path) -> None:
+    log = [line[20:] for line in Path("run/log.txt").read_text(encoding="utf-8").splitlines()]
+    said = (there / "err.txt").read_text(encoding="utf-8").splitlines()
+    assert said[0] == "loading model" and log[: len(said)] == said
+
+
+def test_replaying_the_plan_gives_the_same_weights(there: Path, tmp_path: Path) -> None:
+    done = run("drop", "model", "run/plan.json", "--out", tmp_path / "again")
+    assert done.code == 0 and "FAIL" not in done.out
+    mine, replayed = load_file("run/model/model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    assert mine.keys() == replayed.keys() and all(torch.equal(mine[name], replayed[name]) for name in mine)
+    assert (tmp_path / "again" / "config.json").read_text() == Path("run/model/config.json").read_text()
+
+
+def test_resuming_a_finished_run_only_tells_its_result_again(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pruning, "load", None)  # it would be called
+    done = run(*RUN, "--out", "run", "--resume", "--json")
+    assert done.code == 0 and json.loads(done.out) == json.loads((there / "out.txt").read_text())
+
+
+@pytest.mark.usefixtures("unproven")
+def test_quiet_says_nothing_on_the_way(desk: Path) -> None:
+    done = run(*RUN, "--out", "run", "--no-bench", "--quiet")
+    assert done.code == 0 and not done.err
+    assert "every one held" in done.out and not Path("run/bench.json").exists()
+    assert "loading model" in Path("run/log.txt").read_text()
+
+
+@pytest.mark.usefixtures("unproven")
+def test_without_a_text_the_evaluation_uses_rows_that_were_not_chosen_by(desk: Path) -> None:
+    done = run("prune", "model", "--data", "text.txt", *SMALL, "--out", "run", "--no-bench")
+    assert done.code == 0 and "evaluating on 4 other rows" in done.err
+    assert read("run/eval.json")["text"]["tokens"] == 4 * 31
+    assert read("run/eval.json")["text"]["digest"] != read("run/plan.json")["why"]["data"]["digest"]
+    assert read("run/plan.json")["why"]["data"]["sequences"] == 8
+
+
+def test_a_failed_proof_is_the_exit_code(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folders: dict[Path, Any], **_: Any) -> dict[Path, list[Proof]]:
+        return dict.fromkeys(folders, [Proof("logits", False, "they differ by 3")])
+
+    monkeypatch.setattr(pruning, "check_many", fail)
+    done = run(*RUN, "--out", "run", "--no-bench")
+    assert done.code == 1 and "FAILED, see the report" in done.out and "FAIL logits: they differ by 3" in done.err
+    assert "they differ by 3" in Path("run/report.html").read_text()
+    assert run(*RUN, "--out", "run", "--no-bench", "--resume").code == 1
+
+
+@pytest.mark.usefixtures("unproven")
+def test_overwriting_replaces_a_run_and_only_when_the_new_one_can_begin(desk: Path) -> None:
+    words = (*RUN, "--out", "run", "--no-bench")
+    assert run(*words).code == 0
+    before = Path("run/plan.json").read_text()
+    assert "--resume to finish it or --overwrite" in run(*words).error
+    for wrong in (["--data", "none.txt"], ["--drop", "99%"], ["--dtype", "banana"], ["--length", "30000"]):
+        assert run(*words, "--overwrite", *wrong).code in (1, 2)
+        assert Path("run/plan.json").read_text() == before and Path("run/report.html").is_file()
+    assert "choose one" in run(*words, "--overwrite", "--resume").error
+    assert run(*words, "--overwrite", "--drop", "1 block").code == 0
+    assert len(Plan.load("run/plan.json").drop) == 1
+
+
+@pytest.mark.usefixtures("unproven")
+def test_only_the_same_run_can_be_resumed(desk: Path) -> None:
+    words = (*RUN, "--out", "run", "--no-bench")
+    assert run(*words).code == 0
+    done = run(*words, "--resume", "--seed", "3", "--protect", "none")
+    assert done.code == 2
+    assert done.error == (
+        "--resume: run was started with other settings: protect was None, now 'none', seed was 0, now 3"
+    )
+    Path("run/eval.json").unlink()
+    own = Path("text.txt").read_text()
+    Path("text.txt").unlink()  # the link, not what it leads to
+    Path("text.txt").write_text(own[: len(own) // 2])
+    assert "is not what it was when run began" in run(*words, "--resume").error
+    Path("text.txt").write_text(own)
+    Path("run/run.json").write_text("[]")
+    assert "run.json is not that of a run" in run(*words, "--resume").error
+    Path("run/run.json").write_text("{")
+    assert "is not JSON" in run(*words, "--resume").error
+
+
+@pytest.mark.usefixtures("unproven")
+def test_another_model_in_its_place_is_noticed(desk: Path) -> None:
+    words = (*RUN, "--out", "run", "--no-bench")
+    assert run(*words).code == 0
+    Path("run/eval.json").unlink()
+    Path("model").unlink()
+    Path("model").symlink_to("other-model")
+    assert "this plan is for model (fingerprint sha256:" in run(*words, "--resume").error
+
+
+def third_call(real: Callable[..., Any]) -> Callable[..., Any]:
+    calls = []
+
+    def called(*given: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            interrupt()
+        return real(*given, **options)
+
+    return called
+
+
+MOMENTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+    "loading": (pruning, "load", interrupt),
+    "reading": (pruning, "calibrate", interrupt),
+    "searching": (oracle, "losses", third_call(oracle.losses)),
+    "cutting": (pruning, "drop", interrupt),
+    "writing": (hf, "_state", interrupt),
+    "proving": (pruning, "check_many", interrupt),
+    "evaluating": (pruning, "perplexity", interrupt),
+    "timing": (pruning, "bench", interrupt),
+    "reporting": (pruning, "report", interrupt),
+}
+
+
+@pytest.mark.usefixtures("unproven")
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_ctrl_c_at_any_moment_leaves_a_run_to_resume(
+    moment: str, desk: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (*RUN, "--out", "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(*MOMENTS[moment])
+        done = run(*words)
+    assert done.code == 1 and done.error == "stopped; the same command with --resume finishes run"
+    assert not leftovers(desk)
+    early = moment in ("loading", "reading")
+    assert Path("run").exists() != early
+    kept = [] if early else Path("run/losses.jsonl").read_text().splitlines()
+    assert early or len(kept) >= 2
+    asked: list[Any] = []
+
+    def counted(model: Any, data: Any, variants: Any, **options: Any) -> Any:
+        asked.extend(variants)
+        return real(model, data, variants, **options)
+
+    real = oracle.losses
+    monkeypatch.setattr(oracle, "losses", counted)
+    assert run(*words, "--resume").code == 0
+    undisturbed = (finished / "run" / "losses.jsonl").read_text().splitlines()
+    lines = Path("run/losses.jsonl").read_text().splitlines()
+    assert lines[: len(kept)] == kept and lines == undisturbed  # the search went on, and nothing is measured twice
+    assert len(asked) == len(undisturbed) - max(1, len(kept))
+    assert Path("run/plan.json").read_text() == (finished / "run" / "plan.json").read_text()
+    assert read("run/eval.json") == read(str(finished / "run" / "eval.json"))
+    assert {path.name for path in Path("run").iterdir()} == FILES
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 1), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_real_process_that_is_stopped_while_it_searches(
+    sent: signal.Signals, code: int, desk: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [sys.executable, "-m", "depthprune", *RUN, "--out", "run"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    memo, deadline = Path("run/losses.jsonl"), time.monotonic() + 60
+    while not (memo.is_file() and memo.read_bytes().count(b"\n") >= 2) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.002)
+    process.send_signal(sent)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in err and not out
+    assert ("error: stopped; the same command with --resume finishes run\n" in err) == (sent == signal.SIGINT)
+    assert not Path("run/check.json").exists()
+    kept = memo.read_text().splitlines()[:2]
+    monkeypatch.setattr(pruning, "check_many", hold)
+    assert run(*RUN, "--out", "run", "--resume").code == 0 and not leftovers(desk)
+    assert memo.read_text().splitlines()[:2] == kept
+    assert Path("run/plan.json").read_text() == (finished / "run" / "plan.json").read_text()
+
+
+def test_an_interrupt_that_passes_through_exec_is_an_exit_code_too(tmp_path: Path) -> None:
+    """Without an exception of its own, CPython would end a ``python -m`` by the signal."""
+    (tmp_path / "driver.py").write_text(
+        "import contextlib\nimport signal\nimport sys\nfrom depthprune import cli, options\n"
+        "def load(*_):\n    exec('signal.raise_signal(signal.SIGINT)')\n"
+        "options.load = load\nif sys.argv.pop() == 'plain':\n    cli.interruptible = contextlib.nullcontext\n"
+        "sys.argv = ['depthprune', 'inspect', 'model']\ncli.main()\n"
+    )
+    ends = [
+        subprocess.run([sys.executable, "-m", "driver", twin], capture_output=True, cwd=tmp_path)
+        for twin in ("guarded", "plain")
+    ]
+    assert [end.stderr for end in ends] == [b"error: stopped\n"] * 2
+    assert [end.returncode for end in ends] == [1, -signal.SIGINT]
