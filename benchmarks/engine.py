@@ -1,6 +1,6 @@
 """The engine against one forward per unit, and all one-pass metrics against a plain forward. Same run, interleaved.
 
-python benchmarks/engine.py MODEL TEXT --out engine.json        a real model
+python benchmarks/engine.py [MODEL TEXT] --out engine.json      a real model; by default the one of depthprune
 python benchmarks/engine.py 8b --dtype bfloat16 --units block   a random Llama of the shape of an 8B model
 """
 

@@ -1,6 +1,8 @@
 """Lazy against exhaustive greedy: evaluations, calibration loss, test perplexity.
 
-python benchmarks/lazy_greedy.py MODEL CALIBRATION TEST --out lazy_greedy.json
+python benchmarks/lazy_greedy.py [MODEL CALIBRATION TEST] --out lazy_greedy.json
+
+Without MODEL: the model and the texts that come with depthprune.
 """
 
 from __future__ import annotations

@@ -76,6 +76,8 @@ def prune(
     Raises the errors of the stages; ``OptionError`` where the folder holds another run.
     """
     out = Path(out)
+    if settings.form == "plain" and settings.unit != "block":
+        raise OptionError("--form plain holds whole blocks only: add --unit block, or use --form hf")
     _examine(settings, out, resume=resume, overwrite=overwrite)
     if resume and all((out / name).exists() for name in _files(settings)):
         console.keep(out / "log.txt")

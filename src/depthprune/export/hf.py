@@ -75,7 +75,7 @@ def plain(model: Model, path: str | Path) -> Path:
         skipped = model.net.config.get_text_config(decoder=True).depthprune["skip"]
         where = ", ".join(sorted(skipped, key=int)[:6])
         raise ExportError(
-            f"form plain cannot express this plan: sublayers of its blocks {where} are gone, not whole blocks; form hf can"
+            f"form plain cannot express this plan: parts of blocks {where} are gone, not whole blocks; form hf can"
         )
     return write(model, path)
 
