@@ -7,7 +7,7 @@ The configuration says what is missing twice: as ``per_layer_config: {"3": {"ski
 transformers is adopting, and as ``depthprune``, which adds what is needed to build it today:
 
     {"version": 1, "block": "LlamaDecoderLayer", "skip": {"3": {"self_attn": 2, "input_layernorm": -1}},
-     "tombstone": "3.input_layernorm.weight"}
+     "kinds": {"3": ["attention"]}, "no_cache": [3], "tombstone": "3.input_layernorm.weight"}
 
 A number is what the part returns: -1 its input (a norm), 0 zeros, n a tuple of n that starts with zeros. One
 dropped tensor is kept as an empty *tombstone*, so that a loader that knows nothing of this fails on its shape instead

@@ -48,13 +48,15 @@ def without(model: Model, units: Iterable[Unit | str]) -> Iterator[Model]:
     """
     gone = model.layout.gone(parse(tuple(units)))
     blocks = blocks_of(model.net, model.layout)
-    config = vars(model.net.config.get_text_config(decoder=True))
+    text = model.net.config.get_text_config(decoder=True)
+    config = vars(text)
     before = {key: config[key] for key in ("kv_sharing_modes",) if key in config}
     slots = [
         (module, module.layer_idx) for block in blocks for module in block.modules() if hasattr(module, "layer_idx")
     ]
     try:
-        cache_slots(model.net.config.get_text_config(decoder=True), blocks, model.layout.cacheless(gone))
+        already = (getattr(text, "depthprune", None) or {}).get("no_cache", ())
+        cache_slots(text, blocks, {*already, *model.layout.cacheless(gone)})
         with forwards(mutes(blocks, model.layout, gone)):
             yield model
     finally:
@@ -117,37 +119,38 @@ def _cut(model: Model, gone: dict[int, frozenset[str] | None], shells: bool) -> 
     blocks = blocks_of(net, layout)
     taken = set() if shells else {index for index, names in gone.items() if names is None}
     kept = [index for index in range(len(blocks)) if index not in taken]
+    before = _unmark(text)
     if taken:
+        if before["skip"] and int(before["tombstone"].partition(".")[0]) in taken:
+            return net, "the block with its tombstone cannot go"
         try:
-            new = shrink(net.config, kept, len(blocks))
+            adopt(net.config, shrink(net.config, kept, len(blocks)))
         except _REFUSALS as error:
             return net, f"its configuration cannot be shortened ({' '.join(str(error).split())})"
-        adopt(net.config, new)
         parent, _, name = layout.path.rpartition(".")
         setattr(net.get_submodule(parent), name, nn.ModuleList([blocks[index] for index in kept]))
         for number, index in enumerate(kept):
             renumber(blocks[index], index, number)
+        _mark(text, _moved(before, kept))
         try:
             reason = prove(net, net.config)
         except _REFUSALS as error:
             reason = f"no model can be built from its shortened configuration ({' '.join(str(error).split())})"
         if reason:
             return net, reason
-    spec = _skips(layout, blocks, gone, kept)
-    if spec["skip"]:
-        lost = layout.cacheless(gone)
-        spec["no_cache"] = [number for number, index in enumerate(kept) if index in lost]
-        text.depthprune = spec
-        text.per_layer_config = _per_layer(layout, gone, kept)
-        skip_sublayers(net)
+    _mark(text, _joined(_moved(before, kept), _skips(layout, blocks, gone, kept)))
+    skip_sublayers(net)
     return net, _differs(model, net, gone)
 
 
-def _skips(
-    layout: Layout, blocks: list[nn.Module], gone: dict[int, frozenset[str] | None], kept: list[int]
-) -> dict[str, Any]:
+Spec = dict[str, Any]  # what a configuration says about missing sublayers; see ``skip.py``
+
+
+def _skips(layout: Layout, blocks: list[nn.Module], gone: dict[int, frozenset[str] | None], kept: list[int]) -> Spec:
     """What the configuration has to say about missing sublayers, in the numbering of the kept blocks."""
-    spec: dict[str, Any] = {"version": 1, "block": type(blocks[0]).__name__, "skip": {}, "tombstone": ""}
+    spec: Spec = {"version": 1, "block": type(blocks[0]).__name__, "skip": {}, "kinds": {}, "tombstone": ""}
+    lost = layout.cacheless(gone)
+    spec["no_cache"] = [number for number, index in enumerate(kept) if index in lost]
     for number, index in enumerate(kept):
         if index not in gone:
             continue
@@ -157,21 +160,55 @@ def _skips(
         parts = dict.fromkeys(block.idle(names), -1)
         parts |= {member: s.arity for s in block.sublayers if s.name in names for member in s.members}
         spec["skip"][str(number)] = parts
+        spec["kinds"][str(number)] = sorted({s.kind for s in block.sublayers if s.name in names})
         if not spec["tombstone"]:
             part = next(iter(parts))
             spec["tombstone"] = f"{number}.{part}.{next(iter(blocks[index].get_submodule(part).state_dict()))}"
     return spec
 
 
-def _per_layer(layout: Layout, gone: dict[int, frozenset[str] | None], kept: list[int]) -> dict[int, dict[str, Any]]:
-    """The same in transformers' own words: ``{3: {"skip": ["attention"]}}``."""
-    result = {}
-    for number, index in enumerate(kept):
-        if index in gone:
-            names, block = gone[index], layout.blocks[index]
-            kinds = {s.kind for s in block.sublayers if names is None or s.name in names}
-            result[number] = {"skip": sorted(kinds)}
-    return result
+def _moved(spec: Spec, kept: list[int]) -> Spec:
+    """What an earlier cut said, in the numbering of the blocks that are kept."""
+    place = {str(index): str(number) for number, index in enumerate(kept)}
+    block, _, tensor = spec["tombstone"].partition(".")
+    return spec | {
+        "skip": {place[index]: parts for index, parts in spec["skip"].items() if index in place},
+        "kinds": {place[index]: kinds for index, kinds in spec["kinds"].items() if index in place},
+        "no_cache": [kept.index(index) for index in spec["no_cache"] if index in kept],
+        "tombstone": f"{place[block]}.{tensor}" if tensor else "",
+    }
+
+
+def _joined(before: Spec, now: Spec) -> Spec:
+    """An earlier cut and this one, as one."""
+    return now | {
+        "skip": {i: before["skip"].get(i, {}) | now["skip"].get(i, {}) for i in {**before["skip"], **now["skip"]}},
+        "kinds": {
+            i: sorted({*before["kinds"].get(i, ()), *now["kinds"].get(i, ())})
+            for i in {**before["kinds"], **now["kinds"]}
+        },
+        "no_cache": sorted({*before["no_cache"], *now["no_cache"]}),
+        "tombstone": before["tombstone"] or now["tombstone"],
+    }
+
+
+def _unmark(text: Any) -> Spec:
+    """Take from a configuration what an earlier cut said, so that it is that of a whole model again."""
+    nothing = {"skip": {}, "kinds": {}, "no_cache": [], "tombstone": ""}
+    spec: Spec = nothing | (vars(text).pop("depthprune", None) or {})
+    if spec["skip"]:
+        if isinstance(getattr(type(text), "per_layer_config", None), property):
+            text.per_layer_config = None
+        for name in ("per_layer_config", "kv_sharing_modes"):
+            vars(text).pop(name, None)
+    return spec
+
+
+def _mark(text: Any, spec: Spec) -> None:
+    """Say in a configuration what is missing: for ourselves, and in transformers' own words."""
+    if spec["skip"]:
+        text.depthprune = spec
+        text.per_layer_config = {int(index): {"skip": kinds} for index, kinds in spec["kinds"].items()}
 
 
 def renumber(block: nn.Module, old: int, new: int) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -111,9 +112,7 @@ def _memory(device: torch.device) -> int:
     """Half of what is free, for the streams."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
-    with open("/proc/meminfo") as info:
-        free = next(int(line.split()[1]) for line in info if line.startswith("MemAvailable"))
-    return free * 1024 // 2
+    return int(psutil.virtual_memory().available) // 2
 
 
 def trie(layout: Layout, gone: Sequence[Gone]) -> tuple[list[int], float]:

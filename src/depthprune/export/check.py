@@ -50,6 +50,7 @@ class Expected:
     logits: Tensor | None
     generation_gap: float
     parameters: int | None
+    dtype: str = "float32"  # in which the reference was computed
 
 
 @torch.no_grad()
@@ -59,7 +60,8 @@ def expect(dense: Model, plan: Plan) -> Expected:
     with without(dense, plan.drop):
         logits = dense.net(tokens, use_cache=False).logits.float().cpu()
     own = prove.generation_gap(dense.net, tokens)
-    return Expected(tokens.cpu(), logits, own or 0.0, dense.parameters - dense.layout.freed(plan.drop))
+    dtype = str(next(dense.net.parameters()).dtype).removeprefix("torch.")
+    return Expected(tokens.cpu(), logits, own or 0.0, dense.parameters - dense.layout.freed(plan.drop), dtype)
 
 
 def probe(model: Model) -> Tensor:
@@ -100,7 +102,8 @@ def check_many(folders: Mapping[Path, Expected | None], *, device: str = "cpu") 
                 raise DepthpruneError(f"cannot write a probe into {scratch}: {error}") from None
             for route in routes(config):
                 item = {"path": str(path), "auto": _auto(config), "route": route, "probe": str(file)}
-                request.append(item | {"device": device, "dtype": "float32" if device == "cpu" else _dtype(config)})
+                dtype = expected.dtype if expected is not None else "float32" if device == "cpu" else _dtype(config)
+                request.append(item | {"device": device, "dtype": dtype})
         # what teaches transformers about skips must come last: it cannot be unlearned
         request.sort(key=lambda item: item["route"] == "aware")
         results = _examine(request, Path(scratch))
