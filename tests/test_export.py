@@ -136,9 +136,9 @@ def test_the_check_reads_the_plan_of_the_folder(subject: Callable[..., Model], t
     assert [proof.name for proof in proofs] == [
         f"{what} {how}" if what == "loads with" else f"{what} ({how})"
         for how in ("trust_remote_code", "import depthprune")
-        for what in ("loads with", "parameters", "logits", "cached generation")
+        for what in ("loads with", "parameters", "logits", "cached generation", "cached decoding, step by step")
     ]
-    assert all(proof.passed for proof in proofs) and len(proofs) == 8
+    assert all(proof.passed for proof in proofs) and len(proofs) == 10
     assert proofs[0].to_json() == {"name": proofs[0].name, "passed": True, "detail": proofs[0].detail}
     other = check(folder, against=subject("llama", 1))
     assert [proof.name.split()[0] for proof in other if not proof.passed] == ["logits", "logits"]

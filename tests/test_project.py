@@ -27,8 +27,8 @@ LEVELS = {
         (
             "errors files registry units scores budget plan select",
             "layout families record model surgery shrink skip data rows sources hub dist demo",
-            "walk variants oracle metrics planning recover export evaluate bench",
-            "run charts report pruning console options tables cli __init__ __main__",
+            "walk variants oracle metrics recover export evaluate bench",
+            "run charts report planning pruning console options tables cli __init__ __main__",
         )
     )
     for name in names.split()

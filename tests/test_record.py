@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import naive
 from depthprune.errors import LayoutError
-from depthprune.layout import blocks_of, dense_logits
+from depthprune.layout import Layout, blocks_of
 from depthprune.model import Model
 from depthprune.record import Call, answer, change, first, forwards, head, inputs, leaves, once, record, slices
 
@@ -21,6 +21,16 @@ TOKENS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(0
 def caught(model: Model, tokens: Tensor = TOKENS, mask: Tensor | None = None) -> Any:
     arities = [block.arity for block in model.layout.blocks]
     return record(model.net, blocks_of(model.net, model.layout), arities, tokens, mask)
+
+
+def dense_logits(net: nn.Module, layout: Layout, tokens: Tensor) -> Tensor:
+    """The logits of a plain forward made block by block."""
+    modules, arities = blocks_of(net, layout), [block.arity for block in layout.blocks]
+    recording = record(net, modules, arities, tokens, None)
+    stream = recording.stream
+    for module, call in zip(modules, recording.calls, strict=True):
+        stream = call.run(module, stream)
+    return head(net, modules, arities, stream)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text", "opt", "falcon_alibi", "mamba", "qwen3_next"])

@@ -56,16 +56,17 @@ def windows(
 ) -> Windows:
     """Cut the text of files (or a list of documents) in windows that step by ``stride`` (default: the window).
 
-    Every window starts with BOS where the tokenizer wants it; each token is predicted exactly once, in the first
-    window that holds it, so all but the first window give at least ``window - stride`` tokens of context. The last
-    window may be shorter and is padded. ``limit`` keeps the first windows only.
+    Every window starts with BOS where the tokenizer wants it; each token is predicted exactly once (but the very
+    first of a text without BOS), in the first window that can, so that all windows but the first give at least
+    ``window - stride`` tokens of context. The last may be shorter and is padded. ``limit`` keeps the first ones only.
     Raises ``DataError`` for text of fewer than two tokens, ``OptionError`` for a stride outside 1..window.
     """
     front = list(opening(tokenizer))
     room = window - len(front)
-    stride = room if stride is None or stride == window else stride
-    if room < 2 or not 1 <= stride <= room:
-        raise OptionError(f"a window of {window} tokens takes a stride from 1 to {room}, not {stride}")
+    most = room if front else room - 1  # without BOS the first token of a window is only read, so windows share one
+    stride = most if stride is None or stride == window else stride
+    if room < 2 or not 1 <= stride <= most:
+        raise OptionError(f"a window of {window} tokens takes a stride from 1 to {most}, not {stride}")
     name, documents = _documents(text, field)
     ids = [token for document in documents for token in tokenizer(document, add_special_tokens=False)["input_ids"]]
     if len(ids) < 2:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from depthprune.errors import LayoutError, PlanError
 from depthprune.families import KIND_OF_NAME, KIND_TOGETHER, LAYER_COUNTS, TOGETHER
-from depthprune.record import Call, answer, forwards, head, inputs, record
+from depthprune.record import Call, answer, forwards, inputs, record
 from depthprune.units import Kind, Unit
 
 PROBE = (2, 6)  # sequences and tokens of the probe: more than one of each, so that no axis is taken for another
@@ -390,14 +390,3 @@ def _serves(
 def _with_norms(block: nn.Module, sublayer: Sublayer, serves: tuple[tuple[str, frozenset[str]], ...]) -> Sublayer:
     own = sum(size(block.get_submodule(child)) for child, served in serves if served == {sublayer.name})
     return Sublayer(sublayer.name, sublayer.kind, sublayer.parameters + own, sublayer.arity, sublayer.members)
-
-
-def dense_logits(net: nn.Module, layout: Layout, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The logits of a plain forward made block by block: the proof that recordings stand for the model."""
-    modules = blocks_of(net, layout)
-    arities = [block.arity for block in layout.blocks]
-    recording = record(net, modules, arities, tokens, mask)
-    stream = recording.stream
-    for module, call in zip(modules, recording.calls, strict=True):
-        stream = call.run(module, stream)
-    return head(net, modules, arities, stream)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-import depthprune
+from depthprune import __version__
 from depthprune.budget import Budget
 from depthprune.data import Data
 from depthprune.errors import BudgetError, PlanError, unknown
@@ -153,7 +153,7 @@ def choose(
 def made_by() -> dict[str, str]:
     """The versions that a plan was made with."""
     return {
-        "depthprune": depthprune.__version__,
+        "depthprune": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

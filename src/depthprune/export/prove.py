@@ -49,6 +49,26 @@ def generation_gap(net: Any, tokens: torch.Tensor) -> float | None:
 
 
 @torch.no_grad()
+def stepping_gap(net: Any, tokens: torch.Tensor) -> float | None:
+    """The same for a loop that feeds token by token and the cache, and leaves the positions to the model.
+
+    ``generate`` passes positions along, so it cannot see a cache that counts them wrong. None without such a cache.
+    """
+    if not net.can_generate():
+        return None
+    start = tokens.shape[1] // 2
+    out = net(tokens[:, :start], use_cache=True)
+    if getattr(out, "past_key_values", None) is None:
+        return None
+    logits = [out.logits]
+    for position in range(start, tokens.shape[1]):
+        out = net(tokens[:, position : position + 1], past_key_values=out.past_key_values, use_cache=True)
+        logits.append(out.logits)
+    full = net(tokens, use_cache=False).logits
+    return float((torch.cat(logits, 1).float() - full.float()).abs().max())
+
+
+@torch.no_grad()
 def examine(item: dict[str, Any]) -> dict[str, Any]:
     """Load one folder as its route says and measure it."""
     if item["route"] == "aware":
@@ -71,6 +91,7 @@ def examine(item: dict[str, Any]) -> dict[str, Any]:
     if "logits" in probe:
         result["gap"] = (logits.float().cpu() - probe["logits"].float()).abs().max().item()
     result["generation_gap"] = generation_gap(net, tokens)
+    result["stepping_gap"] = stepping_gap(net, tokens)
     return result
 
 
