@@ -179,3 +179,14 @@ def test_a_unit_of_one_block(subject: Callable[..., Model]) -> None:
     layout = subject("llama").layout
     assert layout.kind(Unit("", 1)) == "block" and layout.kind(Unit("", 1, "mlp")) == "mlp"
     assert layout.units("block") == tuple(Unit("", index) for index in range(4))
+
+
+def test_the_canonical_form_is_the_shortest(subject: Callable[..., Model]) -> None:
+    layout = subject("llama").layout
+
+    def short(*names: str) -> list[str]:
+        return [str(unit) for unit in layout.canonical(parse(names))]
+
+    assert short("2.mlp", "0.mlp", "2.self_attn", "3") == ["0.mlp", "2", "3"]
+    assert short("1.self_attn") == ["1.self_attn"] and short() == []
+    assert layout.gone(parse(["2"])) == layout.gone(parse(["2.mlp", "2.self_attn"]))

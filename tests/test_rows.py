@@ -232,6 +232,7 @@ def test_a_text_longer_than_the_models_context_is_no_warning(caplog: pytest.LogC
     tokenizer = make_tokenizer(model_max_length=16)
     text = words(range(FIRST, FIRST + 100))
     logger = logging.getLogger("transformers")  # does not hand its records on
+    caplog.set_level(logging.WARNING, "transformers")
     logger.addHandler(caplog.handler)
     try:
         from_texts([text], tokenizer, sequences=2, length=8)

@@ -7,7 +7,7 @@ branches only, nothing else in the block, zero = absent; it is what dropping a s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,15 +122,23 @@ class Layout:
             for index, names in sorted(lost.items())
         }
 
+    def canonical(self, units: Iterable[Unit]) -> tuple[Unit, ...]:
+        """The same removals in their shortest form: where the last sublayer of a block goes, the block goes."""
+        units = tuple(units)
+        gone, order = self.gone(units), []
+        for number, unit in enumerate(units):
+            whole = gone[unit.block] is None
+            last = all(other.block != unit.block for other in units[number + 1 :])
+            order += [unit.whole] if whole and last else [] if whole else [unit]
+        return tuple(order)
+
     def freed(self, units: Set[Unit] | tuple[Unit, ...]) -> int:
         """How many parameters dropping these units frees: a shared norm goes when the last one it serves goes."""
-        return sum(self._sizes(index, names) for index, names in self.gone(units).items())
-
-    def _sizes(self, index: int, names: frozenset[str] | None) -> int:
-        block = self.blocks[index]
-        if names is None:
-            return block.parameters
-        return sum(block.sublayer(name).parameters for name in names)
+        total = 0
+        for index, names in self.gone(units).items():
+            block = self.blocks[index]
+            total += block.parameters if names is None else sum(block.sublayer(name).parameters for name in names)
+        return total
 
     def kv_freed(self, units: Set[Unit] | tuple[Unit, ...]) -> int:
         """Bytes of KV cache per token that dropping these units frees."""
