@@ -65,6 +65,8 @@ def test_large_models(text: str, left: float) -> None:
         ("params<=3e9", "drops nothing: the model has 2,000 already"),
         ("params<=100%", "drops nothing: the model has 2,000 already"),
         ("kv<=32", "drops nothing: the model has 32 already"),
+        ("kv<=512b", "kv takes a share or bytes per token; write kv<=50% or kv<=512"),
+        ("kv<=1k", "kv takes a share or bytes per token; write kv<=50% or kv<=512"),
         ("latency<=0.75x", "budgets on latency and loss do not exist yet; write '25%'"),
         ("loss<=+5%", "budgets on latency and loss do not exist yet; write '25%'"),
         ("8", "has no measure; write '25%'"),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +16,11 @@ import typer
 from safetensors.torch import load_file, save_file
 
 from command import SMALL, copy, leftovers, run
-from depthprune import __version__, cli, registry
+from depthprune import __version__, cli, oracle, registry
+from depthprune.metrics import stream
 from depthprune.plan import Plan
+from depthprune.scores import Scores
+from depthprune.units import Unit
 
 COMMANDS = sorted(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
 OPTIONS = {
@@ -22,10 +28,10 @@ OPTIONS = {
     "score": "--data --metric --unit --sequences --length --field --memory --out",
     "plan": "--drop --data --unit --metric --select --protect --out",
     "drop": "--stand-in --form --out",
-    "check": "--against",
+    "check": "--against --tokenizer --revision --allow-pickle --trust-remote-code",
     "eval": "--text --window --stride --windows --field --out",
     "bench": "--batch --prompt --new --repeats --out",
-    "export": "--form --out",
+    "export": "--form --out --tokenizer --revision --allow-pickle --trust-remote-code",
     "report": "--open",
     "prune": "--drop --data --out --demo --recover --text --form --no-bench --resume --overwrite --memory --protect",
     "list": "",
@@ -100,6 +106,36 @@ def test_score_and_plan_agree(desk: Path) -> None:
     assert json.loads(done.out)["drop"][0] == min(scores, key=scores.__getitem__)
 
 
+def test_several_metrics_share_their_walks(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    walks: list[str] = []
+    real = oracle.stream_scores
+
+    def counted(*given: Any, **options: Any) -> Any:
+        walks.append(options["tokens"])
+        return real(*given, **options)
+
+    monkeypatch.setattr(oracle, "stream_scores", counted)
+    several = ("cosine", "l2", "loss", "angular:tokens=last", "cosine:tokens=last")
+    words = ("score", "model", "--data", "text.txt", *SMALL, "--quiet", "--json")
+    done = run(*words, *(word for name in several for word in ("--metric", name)), "--out", "scores.json")
+    found = json.loads(done.out)["metrics"]
+    assert tuple(found) == several and walks == ["all", "last"]
+    for name in several:  # and each is what it is alone
+        alone = json.loads(run(*words, "--metric", name, "--out", "alone.json").out)["metrics"]
+        assert alone == {name: found[name]}
+
+
+def test_a_score_that_is_no_number_is_refused(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object, units: Sequence[Unit]) -> Scores:
+        return Scores("l1", dict.fromkeys(units, 1.0) | {units[2]: math.nan})
+
+    monkeypatch.setattr(stream, "l1", broken)
+    words = ("score", "model", "--data", "text.txt", *SMALL, "--metric", "cosine", "--metric", "l1")
+    done = run(*words, "--out", "scores.json")
+    assert done.code == 1 and done.error.startswith("l1 of 1.self_attn is not a number for model on text.txt")
+    assert not Path("scores.json").exists()
+
+
 def test_the_same_seed_gives_the_same_plan(desk: Path) -> None:
     words = ("plan", "model", "--drop", "25%", "--data", "text.txt", *SMALL, "--out")
     for name, seed in (("a.json", 7), ("b.json", 7), ("c.json", 8)):
@@ -131,6 +167,8 @@ def test_drop_and_check_and_export(desk: Path) -> None:
     assert done.code == 0 and not done.err and json.loads(done.out)["passed"]
     assert json.loads(Path("small/config.json").read_text())["num_hidden_layers"] == 2 and not leftovers(desk)
     assert run("export", "small", "--out", "again").out == "written to again\n"
+    assert Plan.load("again/plan.json") == Plan.load("small/plan.json") == Plan.load("plan.json")
+    assert run("check", "again", "--against", "model").code == 0
     first, again = (load_file(f"{name}/model.safetensors") for name in ("small", "again"))
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
 
@@ -145,7 +183,7 @@ def test_drop_and_check_and_export(desk: Path) -> None:
 
 
 def test_other_users_can_read_what_was_exported(desk: Path) -> None:
-    assert run("export", "model", "--out", "again").code == 0
+    assert run("export", "model", "--out", "again").code == 0 and not Path("again/plan.json").exists()
     modes = {file.stat().st_mode & 0o777 for file in Path("again").iterdir()}
     written = desk / "mine"
     written.write_text("")

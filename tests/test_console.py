@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import warnings
 from pathlib import Path
 
 import pytest
 
-from depthprune.console import Console, die, human, interruptible, table
+from depthprune.console import Console, die, human, interruptible, resumable, table
+from depthprune.errors import DepthpruneError
 
 
 def test_remarks_go_to_standard_error_and_results_to_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,6 +37,34 @@ def test_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
     value = {"units": ["1.mlp"], "loss": 2.5, "none": None}
     Console(as_json=True).result(value, table(("a",), [("1",)]))
     assert json.loads(capsys.readouterr().out) == value
+
+
+def test_json_is_json_whatever_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    Console(as_json=True).result({"loss": math.nan, "scores": [math.inf, 1.0]})
+    assert json.loads(capsys.readouterr().out) == {"loss": None, "scores": [None, 1.0]}
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (KeyboardInterrupt(), "stopped; the same command with --resume finishes run"),
+        (MemoryError(), "out of memory; try the same command with --resume and a smaller --memory"),
+        (OutOfMemoryError("tried"), "out of memory; try the same command with --resume and a smaller --memory"),
+    ],
+)
+def test_a_run_that_stops_says_how_it_goes_on(error: BaseException, says: str) -> None:
+    with pytest.raises(DepthpruneError) as caught, resumable(Path("run"), Console()):
+        raise error
+    assert str(caught.value).startswith(says)
+
+
+def test_a_defect_is_not_taken_for_a_lack_of_memory() -> None:
+    with pytest.raises(RuntimeError, match="an invariant"), resumable(Path("run"), Console()):
+        raise RuntimeError("an invariant")
 
 
 def test_long_lines_are_not_broken(capsys: pytest.CaptureFixture[str]) -> None:

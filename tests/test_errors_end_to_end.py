@@ -198,6 +198,9 @@ USAGE = {
     "--unit atention": "unknown unit 'atention'. Did you mean 'attention'?",
     "--metric cosin": "unknown metric 'cosin'. Did you mean 'cosine'?",
     "--metric cosine:toke=last": "cosine has no option 'toke'; it has: tokens",
+    "--metric cosine --select greedy": "greedy goes by the loss, not by cosine; choose --metric loss",
+    "--form plain": "--form plain holds whole blocks only: add --unit block",
+    "--form plain --drop 1_mlp": "--form plain holds whole blocks only: add --unit block",
     "--select gredy": "unknown selector 'gredy'. Did you mean 'greedy'?",
     "--select greedy:exact=maybe": "greedy:exact is true or false, not 'maybe'",
     "--form gguf": "unknown form 'gguf'. Available: hf",
@@ -368,8 +371,13 @@ def test_no_memory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
         with monkeypatch.context() as patch:
             patch.setattr(oracle, "losses", fail)
-            assert run(*PRUNE, *(["--resume"] if Path("run").exists() else [])).error.startswith("out of memory; try")
-    assert run(*PRUNE, "--resume").code == 0
+            error_line = run(*PRUNE, *(["--resume"] if Path("run").exists() else [])).error
+            assert error_line == (
+                "out of memory; try the same command with --resume and a smaller --memory, or --device cpu, to finish run"
+            )
+            score = run("score", "model", "--data", "text.txt", *SMALL, "--out", "scores.json")
+            assert score.code == 1 and score.error.startswith("out of memory; try") and "--resume" not in score.error
+    assert run(*PRUNE, "--resume", "--memory", "1GB", "--device", "cpu").code == 0  # what it says to try
 
 
 def test_a_defect_of_our_own_is_no_mistake_of_the_user(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

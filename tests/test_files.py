@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from depthprune.errors import DepthpruneError
-from depthprune.files import new_folder, read_json, why, write_json, write_text
+from depthprune.files import new_folder, read_json, to_json, why, write_json, write_text
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -193,3 +195,16 @@ def test_a_linked_folder_is_replaced_where_it_lies(tmp_path: Path) -> None:
 def test_why_says_it_in_the_words_of_the_system() -> None:
     assert why(FULL) == "No space left on device"
     assert why(OSError("something else")) == "something else"
+
+
+def test_a_figure_that_is_not_finite_is_null(tmp_path: Path) -> None:
+    given = {
+        "a": math.inf,
+        "b": [math.nan, 1.5, (-math.inf, 2)],
+        "c": {"d": math.nan, "e": True, "f": None, "g": "nan"},
+    }
+    assert "NaN" in json.dumps(given) and "Infinity" in json.dumps(given)  # what would be written otherwise
+    text = write_json(tmp_path / "value.json", given).read_text()
+    read = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert read == {"a": None, "b": [None, 1.5, [None, 2]], "c": {"d": None, "e": True, "f": None, "g": "nan"}}
+    assert to_json(read) + "\n" == text

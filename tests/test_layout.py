@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import naive
+from depthprune.discover import discover, find_stack, size
 from depthprune.errors import LayoutError, PlanError
-from depthprune.layout import discover, find_stack, size
+from depthprune.layout import Block
 from depthprune.model import Model
 from depthprune.units import Unit, parse
 from families import tiny
@@ -60,15 +61,29 @@ def test_sizes_add_up(name: str, subject: Callable[..., Model]) -> None:
         assert sum(s.parameters for s in block.sublayers) <= block.parameters
 
 
+def served(block: Block) -> dict[str, frozenset[str]]:
+    return {norm.name: norm.served for norm in block.serves}
+
+
+def test_what_goes_with_several_mixers_is_counted(subject: Callable[..., Model]) -> None:
+    layout = subject("falcon_h1").layout  # attention and Mamba share a norm and a slot of the cache; then an MLP
+    block = layout.blocks[1]
+    shared = next(norm for norm in block.serves if len(norm.served) == 2)
+    one, both = parse(["1.mamba"]), parse(["1.mamba", "1.self_attn"])
+    assert layout.kv_freed(one) == 0 and layout.kv_freed(both) == block.kv_bytes_per_token > 0
+    assert layout.kv_freed(parse(["1.self_attn"])) == block.kv_bytes_per_token
+    assert layout.freed(both) == sum(block.sublayer(u.sublayer).parameters for u in both) + shared.parameters
+
+
 def test_a_norm_goes_with_the_last_sublayer_that_it_serves(subject: Callable[..., Model]) -> None:
     llama, gptj = subject("llama").layout.blocks[0], subject("gptj").layout.blocks[0]
-    assert dict(llama.serves) == {"input_layernorm": {"self_attn"}, "post_attention_layernorm": {"mlp"}}
+    assert served(llama) == {"input_layernorm": {"self_attn"}, "post_attention_layernorm": {"mlp"}}
     assert llama.idle(frozenset({"mlp"})) == ("post_attention_layernorm",)
-    assert dict(gptj.serves) == {"ln_1": {"attn", "mlp"}}
+    assert served(gptj) == {"ln_1": {"attn", "mlp"}}
     assert gptj.idle(frozenset({"mlp"})) == () and gptj.idle(frozenset({"attn", "mlp"})) == ("ln_1",)
     assert sum(s.parameters for s in llama.sublayers) == llama.parameters
     assert sum(s.parameters for s in gptj.sublayers) == gptj.parameters - 2 * 32
-    gemma = dict(subject("gemma2").layout.blocks[0].serves)
+    gemma = served(subject("gemma2").layout.blocks[0])
     assert gemma["post_attention_layernorm"] == {"self_attn"} and gemma["pre_feedforward_layernorm"] == {"mlp"}
 
 

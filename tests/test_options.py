@@ -36,6 +36,12 @@ def test_what_is_no_size(written: str) -> None:
         (Choice(metric="cosin"), "25%", "unknown metric 'cosin'. Did you mean 'cosine'? Available: angular, cosine"),
         (Choice(metric="cosine:toke=last"), "25%", "cosine has no option 'toke'; it has: tokens"),
         (Choice(select="gredy"), "25%", "unknown selector 'gredy'. Did you mean 'greedy'? Available: contiguous"),
+        (
+            Choice(metric="cosine", select="greedy"),
+            "25%",
+            "greedy goes by the loss, not by cosine; choose --metric loss",
+        ),
+        (Choice(metric="l1:tokens=last", select="greedy:refresh=3"), "25%", "greedy goes by the loss, not by l1;"),
         (Choice(unit="atention"), "25%", "unknown unit 'atention'. Did you mean 'attention'? Available: any"),
     ],
 )
@@ -55,7 +61,9 @@ def test_budgets_that_no_model_meets_are_refused_before_a_model_is_loaded(drop: 
     "drop", ["25%", "99.9%", "9999 blocks", "1 unit", "params<=6e9", "kv<=50%", "kv<=0", "params<=70b"]
 )
 def test_budgets_that_some_model_meets_pass(drop: str) -> None:
-    check(Choice(metric="angular:tokens=last", select="greedy:exact=true"), drop)
+    check(Choice(select="greedy:exact=true"), drop)
+    check(Choice(metric="angular:tokens=last"), drop)  # no selector named: the metric decides
+    check(Choice(metric="angular:tokens=last", select="contiguous"), drop)
 
 
 def made(seen: list[object]) -> typer.Typer:

@@ -19,6 +19,7 @@ from depthprune.plan import Plan
 from depthprune.planning import candidates, protected, score, select, settle
 from depthprune.scores import Scores
 from depthprune.select.rank import Selection, Step
+from depthprune.surgery import drop
 from depthprune.units import Unit, parse
 from depthprune.variants import losses
 from families import tiny
@@ -183,7 +184,8 @@ def test_a_kv_budget_takes_only_what_frees_kv_cache(model: Model) -> None:
 @pytest.mark.parametrize("how", ["greedy", "greedy:exact=true", "lowest", "contiguous"])
 def test_a_plan_says_what_was_chosen_and_why(model: Model, unit: str, how: str) -> None:
     layout = model.layout
-    plan = select(model, "2 units", data=DATA, unit=unit, metric="cosine", select=how)
+    metric = "loss" if how.startswith("greedy") else "cosine"
+    plan = select(model, "2 units", data=DATA, unit=unit, metric=metric, select=how)
     gone = frozenset(plan.drop)
     assert len(gone) == 2 and gone <= set(layout.units(unit)) and FIRST not in gone
     assert plan.model == model.reference
@@ -195,7 +197,7 @@ def test_a_plan_says_what_was_chosen_and_why(model: Model, unit: str, how: str) 
     why = plan.why
     assert [step["unit"] for step in why["steps"]] == [str(u) for u in plan.drop]
     assert (why["unit"], why["budget"], why["select"], why["seed"]) == (unit, "2 units", how, 7)
-    assert why["metric"] == ("loss" if how.startswith("greedy") else "cosine")  # greedy looks at nothing else
+    assert why["metric"] == metric
     assert why["nested"] is (how != "contiguous")
     assert (why["evaluations"] > 0) is how.startswith("greedy")
     assert why["data"] == DATA.describe()
@@ -243,3 +245,21 @@ def test_wrong_names_are_told_the_right_ones(model: Model) -> None:
 def test_scores_include_what_is_protected(model: Model) -> None:
     assert tuple(score(model, DATA, "cosine").values) == model.layout.units("any")
     assert tuple(score(model, DATA, "l2", unit="attention").values) == model.layout.units("attention")
+
+
+def test_the_metric_decides_how_units_are_chosen(model: Model) -> None:
+    assert select(model, "2 units", data=DATA).why["select"] == "greedy"
+    ranked = select(model, "2 units", data=DATA, metric="angular:tokens=last")
+    assert (ranked.why["select"], ranked.why["metric"]) == ("lowest", "angular:tokens=last")
+    with pytest.raises(OptionError, match="greedy goes by the loss, not by cosine"):
+        select(model, "2 units", data=DATA, metric="cosine", select="greedy")
+
+
+def test_a_smaller_model_is_another_model(model: Model) -> None:
+    plan = select(model, "1 block", data=DATA)
+    smaller = drop(model, plan)
+    assert smaller.reference.blocks == 3 and smaller.reference.fingerprint != model.reference.fingerprint
+    with pytest.raises(PlanError, match="this plan is for"):
+        drop(smaller, plan)
+    with pytest.raises(PlanError, match="this plan is for"):
+        drop(model, select(smaller, "1 block", data=DATA))

@@ -26,7 +26,7 @@ LEVELS = {
     for level, names in enumerate(
         (
             "errors files registry units scores budget plan select",
-            "layout families record model surgery shrink skip data rows sources hub dist demo",
+            "layout discover families record model surgery shrink skip data rows sources hub dist demo",
             "walk variants oracle metrics recover export evaluate bench",
             "run charts report planning pruning console options tables cli __init__ __main__",
         )
@@ -105,6 +105,8 @@ def wrong_version(root: Path) -> list[str]:
 def wrong_tree(root: Path) -> list[str]:
     listed = readme_tree(root)
     problems = [f"README lists {path.relative_to(root)}, which does not exist" for path in listed if not path.exists()]
+    twice = {path for path in listed if listed.count(path) > 1}
+    problems += [f"README lists {path.relative_to(root)} more than once" for path in sorted(twice)]
     # An empty __init__.py has nothing to say.
     modules = [path for path in sources(root) if path.name != "__init__.py" or path.read_bytes()]
     missing = [
@@ -262,6 +264,12 @@ DEFECTS: list[tuple[Callable[[Path], list[str]], str, str, str]] = [
         "README.md",
         SOUND["README.md"].replace("│   └── loss.py", "├── loss.py"),
         "loss.py, which does not exist",
+    ),
+    (
+        wrong_tree,
+        "README.md",
+        SOUND["README.md"].replace("├── metrics/", "├── plan.py\n├── metrics/"),
+        "plan.py more than once",
     ),
     (wrong_tree, "src/depthprune/metrics/weight.py", "", "does not list src/depthprune/metrics/weight.py"),
     (wrong_constraints, "constraints.txt", "numpy==2.1.0\n", "has no Some_Tool"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,6 +141,77 @@ def test_overwriting_replaces_a_run_and_only_when_the_new_one_can_begin(desk: Pa
     assert "choose one" in run(*words, "--overwrite", "--resume").error
     assert run(*words, "--overwrite", "--drop", "1 block").code == 0
     assert len(Plan.load("run/plan.json").drop) == 1
+
+
+@pytest.mark.usefixtures("unproven")
+def test_overwriting_never_deletes_what_it_is_to_read(desk: Path) -> None:
+    words = (*RUN, "--out", "run", "--no-bench")
+    assert run(*words).code == 0
+    shutil.copy("text.txt", "run/text.txt")
+    Path("link.txt").symlink_to(desk / "run" / "text.txt")
+    Path("run/far.txt").symlink_to(desk / "text.txt")
+    before = sorted(Path("run").rglob("*"))
+    for option, given in (
+        ("--data", "run/text.txt"),
+        ("--data", "text.txt=0.5,run/text.txt=0.5"),
+        ("--data", "link.txt"),
+        ("--data", "run/far.txt"),
+        ("--data", "./run"),
+        ("--text", "run/../run/text.txt"),
+        ("--tokenizer", "run/model"),
+        ("--tokenizer", str(desk / "run" / "model")),
+    ):
+        done = run(*words, "--overwrite", option, given)
+        assert done.code == 2 and done.error.startswith("--overwrite would delete ")
+        assert sorted(Path("run").rglob("*")) == before
+    again = run("prune", "run/model", *words[2:], "--overwrite")
+    assert again.error == "--overwrite would delete run/model, which this run reads; name another --out"
+    assert sorted(Path("run").rglob("*")) == before
+    assert run("prune", "run/model", *words[2:], "--out", "second").code == 0
+    Path("runs").mkdir()  # a name that only begins alike is another place
+    shutil.copy("run/text.txt", "runs/text.txt")
+    assert run(*words, "--overwrite", "--data", "runs/text.txt", "--tokenizer", "second/model").code == 0
+
+
+@pytest.mark.usefixtures("unproven")
+def test_how_a_run_is_done_may_change_when_it_is_resumed(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = (*RUN, "--out", "run", "--seed", "4")
+    assert run(*words, "--no-bench", "--memory", "1GB").code == 0
+    seeds: list[int] = []
+
+    def bench(_: object, **options: Any) -> dict[str, Any]:
+        seeds.append(options["seed"])
+        return {"models": [{"name": "dense"}, {"name": "pruned"}]}
+
+    monkeypatch.setattr(pruning, "bench", bench)
+    monkeypatch.setattr(pruning, "expect", None)  # nothing is proven again
+    assert run(*words, "--resume", "--memory", "2GB", "--device", "cpu").code == 0
+    assert seeds == [4] and Path("run/bench.json").is_file()
+
+
+@pytest.mark.usefixtures("unproven")
+def test_form_plain_goes_with_a_budget_of_blocks(desk: Path) -> None:
+    words = (*RUN, "--no-bench", "--form", "plain", "--out", "run")
+    assert run(*words, "--drop", "1 attention").error.startswith("--form plain holds whole blocks only")
+    assert not Path("run").exists()
+    assert run(*words, "--drop", "1 block").code == 0
+    assert "auto_map" not in read("run/model/config.json")
+
+
+@pytest.mark.usefixtures("unproven")
+@pytest.mark.parametrize("metric", ["angular:tokens=last", "l2", "loss"])
+def test_the_scores_of_a_run_are_those_that_chose(metric: str, desk: Path) -> None:
+    assert run(*RUN, "--no-bench", "--drop", "2 units", "--metric", metric, "--out", "run").code == 0
+    metrics, plan = read("run/scores.json")["metrics"], Plan.load("run/plan.json")
+    chose = {unit: entry["score"] for unit, entry in metrics[metric]["units"].items()}
+    assert str(plan.drop[0]) == min(chose, key=chose.__getitem__)
+    if metric == "loss":
+        assert plan.why["select"] == "greedy" and next(iter(metrics)) == "loss"
+    else:
+        assert plan.why["select"] == "lowest" and [str(unit) for unit in plan.drop] == sorted(chose, key=chose.get)[:2]
+        assert "loss" not in metrics and not Path("run/losses.jsonl").exists()
+    assert {"cosine", "angular"} <= set(metrics)
+    assert f"score, {metric}" in (page := Path("run/report.html").read_text()) or "nats of loss" in page
 
 
 @pytest.mark.usefixtures("unproven")

@@ -136,6 +136,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     (info / "entry_points.txt").write_text(
         f"[depthprune.metrics]\nmine = {OUTSIDER}:mine\nloss = {OUTSIDER}:loss\nbroken = {OUTSIDER}_missing:x\n"
         f"[depthprune.selectors]\nchooser = {OUTSIDER}:mine\n"
+        f"[depthprune.exporters]\nwriter = {OUTSIDER}:mine\n[depthprune.forms]\nother = {OUTSIDER}:mine\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     yield
@@ -155,6 +156,14 @@ def test_outsiders_are_listed_at_once_and_loaded_when_asked_for() -> None:
         find("metrics", "mine:exponent=3")
     with pytest.raises(OptionError, match="Did you mean 'mine'"):
         find("metrics", "mines")
+
+
+@pytest.mark.usefixtures("installed")
+def test_forms_come_from_the_group_of_exporters() -> None:
+    assert {"writer", "hf", "plain"} <= set(names("forms")) and "other" not in names("forms")
+    assert find("forms", "writer:power=4")[1:] == (sys.modules[OUTSIDER].mine, {"power": 4})
+    with pytest.raises(OptionError, match="unknown form 'other'"):
+        find("forms", "other")
 
 
 @pytest.mark.usefixtures("installed")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shlex
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -95,6 +96,13 @@ def evaluation(pruned: float = 36.04, **changes: Any) -> dict[str, Any]:
         "overlap": 0.0,
         "models": [dense, result],
     } | changes
+
+
+def unmeasurable() -> dict[str, Any]:
+    """An evaluation of a model that gives no numbers, as ``write_json`` writes it."""
+    told = evaluation()
+    told["models"][1] |= {"perplexity": None, "loss": None}
+    return told
 
 
 def timing(prefill: float = 151.3, decode: float = 8.41) -> dict[str, Any]:
@@ -381,6 +389,7 @@ def test_a_clean_run_has_no_warnings_but_the_standing_one(tmp_path: Path) -> Non
         ({"eval": evaluation(46.5)}, "Perplexity is 1.53 times that of the intact model."),
         ({"eval": evaluation(math.inf)}, "Perplexity is inf times"),
         ({"eval": evaluation(math.nan)}, "Perplexity is nan times"),
+        ({"eval": unmeasurable()}, "The perplexity of the pruned model is not a number"),
         ({"check": checks("equal logits")}, "The check “equal logits” failed: largest difference 0.0."),
         ({"check": {"format": 1, "passed": False}}, "The check failed."),
         ({"eval": evaluation(overlap=0.25)}, "25 % of the evaluation text also occurs in the calibration text"),
@@ -416,6 +425,17 @@ def test_how_to_load(tmp_path: Path) -> None:
     config(tmp_path / "coded", architectures=["BertModel"])
     assert "AutoModel.from_pretrained" in page(tmp_path / "coded").text
     assert "depthprune drop books-24l" in coded.text
+
+
+@pytest.mark.parametrize("model", ["/models/books-24l/", "../books-24l", "./my models/books-24l"])
+def test_a_folder_is_named_by_its_name_but_replayed_by_its_place(model: str, tmp_path: Path) -> None:
+    made = plan(WHOLE)
+    made["model"]["id"] = model
+    found = page(write(tmp_path, plan=made)).text
+    assert "books-24l, made shallower" in found and f"{model}, made shallower" not in found
+    line = next(line for line in found.splitlines() if "depthprune drop" in line)
+    words = shlex.split(line[line.index("depthprune drop") :])
+    assert words[:5] == ["depthprune", "drop", model, str(tmp_path / "plan.json"), "--out"]
 
 
 def test_the_command_line_and_provenance_are_shown(tmp_path: Path) -> None:

@@ -65,3 +65,10 @@ def test_the_conclusion_of_a_run() -> None:
     assert rows[4] == ["prefill,", "ms", "2.00", "1.50", "0.750x"]
     assert "dropped: 1 2.mlp\nproofs:  every one held" in shown
     assert "FAILED" in tables.conclusion(summary, Path("run"), Path("r"), passed=False)
+
+
+def test_a_conclusion_about_a_model_that_gives_no_numbers() -> None:
+    for pair, shown in (([10.0, None], ["10.00", "not", "finite"]), ([None, None], ["not", "finite"] * 2)):
+        summary = {"drop": ["1"], "perplexity": pair}
+        rows = tables.conclusion(summary, Path("run"), Path("r"), passed=False).splitlines()
+        assert rows[1].split() == ["perplexity", *shown]

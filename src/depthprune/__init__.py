@@ -85,7 +85,7 @@ def _teach(modeling_utils: Any) -> None:
     @functools.wraps(original)
     def post_init(self: Any) -> None:
         original(self)
-        if getattr(self.config, "depthprune", None):
+        if getattr(self.config.get_text_config(decoder=True), "depthprune", None):
             importlib.import_module("depthprune.skip").skip_sublayers(self)
 
     modeling_utils.PreTrainedModel.post_init = post_init

@@ -79,6 +79,8 @@ class Budget:
             return cls(text, "parameters", share * ledger.parameters)
         if match := _LIMIT.fullmatch(given):
             what, number, unit = match[1], float(match[2]), match[3] or ""
+            if what == "kv" and unit not in ("", "%"):
+                raise BudgetError(f"--drop {text!r}: kv takes a share or bytes per token; write kv<=50% or kv<=512")
             have = ledger.parameters + ledger.outside if what == "params" else ledger.kv_bytes_per_token
             left = number / 100 * have if unit == "%" else number * _SCALE[unit]
             if left >= have:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,9 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from depthprune import __version__, options, registry, tables
-from depthprune.console import Console, die, interruptible
+from depthprune.console import Console, die, interruptible, no_memory, resumable
 from depthprune.errors import BudgetError, DepthpruneError, OptionError, unknown
-from depthprune.files import place, write_json
+from depthprune.files import place, write_json, write_text
 from depthprune.options import (
     Calibration,
     Choice,
@@ -70,14 +68,11 @@ def score(
     made = options.load(model, common, loading)
     from depthprune.oracle import ModelOracle
     from depthprune.planning import candidates
-    from depthprune.pruning import scores_json
+    from depthprune.pruning import scored, scores_json
 
     text = options.text(data, made, calibration, common)
     units, memory = candidates(made.layout, unit, "none"), options.size(calibration.memory)
-    every = {}
-    for name in chosen:
-        oracle = ModelOracle(made, text, metric=name, units=units, memory=memory, show=console.show)
-        every[name] = oracle.scored()
+    every = scored(ModelOracle(made, text, units=units, memory=memory, show=console.show), chosen)
     value = scores_json(made, every, units)
     write_json(out, value)
     title = f"{len(units)} units, lowest {chosen[0]} first; written to {out}"
@@ -153,6 +148,7 @@ def drop(
 def check(
     console: Console,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder with a model.")],
+    loading: Loading,
     common: Common,
     against: Annotated[str | None, option("--against", "The dense model that the folder's plan.json is for.")] = None,
 ) -> None:
@@ -160,7 +156,7 @@ def check(
     from depthprune.export import check as examine
     from depthprune.model import where
 
-    dense = None if against is None else options.load(against, common)
+    dense = None if against is None else options.load(against, common, loading)
     _judge(console, examine(folder, dense, device=where(common.device or "cpu")), f"{folder}:")
 
 
@@ -225,15 +221,18 @@ def export(
     console: Console,
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder with a pruned model.")],
     out: OutOption,
+    loading: Loading,
     common: Common,
     form: FormOption = "hf",
 ) -> None:
-    """Write a model again in another form."""
+    """Write a model again in another form, with its plan."""
     registry.find("forms", form)
     place(out, folder=True)
     from depthprune.export import export as write
 
-    write(options.load(folder, common), out, form)
+    write(options.load(folder, common, loading), out, form)
+    if (plan := Path(folder) / "plan.json").is_file():
+        write_text(out / plan.name, plan.read_text(encoding="utf-8"))
     console.result({"path": str(out)}, f"written to {out}")
 
 
@@ -295,7 +294,7 @@ def prune(
         )
     if recover != "none":
         raise OptionError(f"--recover {recover!r} does not exist yet. Available: none")
-    with _resumable(out, console):
+    with resumable(out, console):
         options.check(choice, drop)
         registry.find("forms", form)
         from depthprune import pruning
@@ -321,15 +320,6 @@ def prune(
         passed = pruning.prune(settings, out, console, resume=resume, overwrite=overwrite)
     if not passed:
         raise typer.Exit(1)
-
-
-@contextmanager
-def _resumable(out: Path, console: Console) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        console.close()
-        raise DepthpruneError(f"stopped; the same command with --resume finishes {out}") from None
 
 
 @options.command(app, "list")
@@ -387,9 +377,9 @@ def main() -> None:
         die("stopped")
         code = 1
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+        if not no_memory(error):
             raise
-        die("out of memory; try --memory with less, fewer tokens in --length, or --device cpu")
+        die("out of memory; try fewer tokens at a time, or --device cpu")
     except OSError as error:
         die(f"{error.filename or 'cannot write'}: {error.strerror or error}")
     sys.exit(code if isinstance(code, int) else 0)

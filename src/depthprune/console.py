@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import time
@@ -15,6 +14,9 @@ from typing import Any
 from rich.console import Console as Screen
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from depthprune.errors import DepthpruneError
+from depthprune.files import to_json
 
 
 class Console:
@@ -68,7 +70,7 @@ class Console:
         if isinstance(text, str):
             self.note(text)
         if self.as_json:
-            print(json.dumps(value, indent=1))
+            print(to_json(value))
         elif isinstance(text, Table):
             self._out.print(text)
         elif text is not None:
@@ -134,6 +136,26 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def resumable(run: Path, console: Console) -> Iterator[None]:
+    """Say how to go on with a run that was stopped, or had not the memory."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.close()
+        raise DepthpruneError(f"stopped; the same command with --resume finishes {run}") from None
+    except (MemoryError, RuntimeError) as error:
+        if not no_memory(error):
+            raise
+        way = "try the same command with --resume and a smaller --memory, or --device cpu, to finish"
+        raise DepthpruneError(f"out of memory; {way} {run}") from None
+
+
+def no_memory(error: Exception) -> bool:
+    """Whether an error says that the memory is full, torch's own among them."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> Table:

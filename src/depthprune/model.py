@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from depthprune import hub
+from depthprune.discover import discover
 from depthprune.errors import CheckpointError, OptionError, unknown
-from depthprune.layout import Layout, discover
+from depthprune.layout import Layout
 from depthprune.plan import Plan, Reference
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -104,7 +105,7 @@ def load(
     options |= {"local_files_only": True} if away else {}
     with _translated(source, away):
         config = transformers.AutoConfig.from_pretrained(source, **options)
-        net, info = _auto_class(config).from_pretrained(
+        net, info = getattr(transformers, auto_name(config.to_dict())).from_pretrained(
             source,
             dtype=wanted,
             use_safetensors=None if allow_pickle else True,
@@ -175,13 +176,12 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return found
 
 
-def _auto_class(config: Any) -> Any:
-    architecture = (config.architectures or [""])[0]
-    if config.is_encoder_decoder:
-        return transformers.AutoModelForSeq2SeqLM
-    return (
-        transformers.AutoModelForMaskedLM if architecture.endswith("ForMaskedLM") else transformers.AutoModelForCausalLM
-    )
+def auto_name(config: Mapping[str, Any]) -> str:
+    """The Auto class that loads a model with this configuration and its head."""
+    if config.get("is_encoder_decoder"):
+        return "AutoModelForSeq2SeqLM"
+    masked = str((config.get("architectures") or [""])[0]).endswith("ForMaskedLM")
+    return "AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"
 
 
 def _tokenizer(source: str, options: dict[str, Any]) -> Any:

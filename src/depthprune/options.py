@@ -84,8 +84,13 @@ class Choice:
         str, option("--metric", "How units are scored: `loss`, `cosine`, `angular:tokens=last`, …; `list metrics`.")
     ] = "loss"
     select: Annotated[
-        str, option("--select", "How units are chosen: `greedy` (lazy), `greedy:exact=true`, `lowest`, `contiguous`.")
-    ] = "greedy"
+        str | None,
+        option(
+            "--select",
+            "How units are chosen: `greedy` (lazy), `greedy:exact=true`, `lowest`, `contiguous`; "
+            "default: greedy for loss, lowest for the rest.",
+        ),
+    ] = None
     protect: Annotated[
         str | None,
         option(
@@ -168,11 +173,10 @@ def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
 
-def load(model: str, common: Common, loading: Loading | None = None) -> Model:
+def load(model: str, common: Common, loading: Loading) -> Model:
     """The model that a command was given."""
     from depthprune.model import load as load_model
 
-    loading = loading or Loading()
     return load_model(
         model,
         device=common.device,
@@ -199,9 +203,12 @@ def text(source: str, model: Model, calibration: Calibration, common: Common) ->
 
 
 def check(choice: Choice, drop: str) -> None:
-    """Refuse names that do not exist, and a budget that no model could meet, before a model is loaded."""
-    registry.find("metrics", choice.metric)
-    registry.find("selectors", choice.select)
+    """Refuse names that do not exist or go together, and a budget that no model could meet, before loading a model."""
+    metric, *_ = registry.find("metrics", choice.metric)
+    if choice.select is not None:
+        selector, *_ = registry.find("selectors", choice.select)
+        if selector == "greedy" and metric != "loss":
+            raise OptionError(f"greedy goes by the loss, not by {metric}; choose --metric loss, or --select lowest")
     if choice.unit not in UNITS:
         raise unknown("unit", choice.unit, UNITS)
     Budget.parse(drop, _Vast())

@@ -19,7 +19,7 @@ from depthprune.model import Model
 from depthprune.registry import find
 from depthprune.scores import Losses, Scores
 from depthprune.units import Unit
-from depthprune.variants import losses
+from depthprune.variants import check, losses
 
 Show = Callable[[str, float, float], None]  # what is going on, how much of it is done, out of how much
 
@@ -44,7 +44,9 @@ class ModelOracle:
         say: Callable[[str], None] | None = None,
     ) -> None:
         self.model, self.data, self.memory, self.memo = model, data, memory, memo
+        check(model, data)
         self.metric, self._function, self._options = find("metrics", metric)
+        self.spec = metric if isinstance(metric, str) else self.metric
         self.units = tuple(units) or model.layout.units("any")
         self._show, self._say = show, say
         self._known: dict[frozenset[Unit], np.ndarray] = {}

@@ -12,7 +12,7 @@ import transformers
 from depthprune import __version__
 from depthprune.budget import Budget
 from depthprune.data import Data
-from depthprune.errors import BudgetError, PlanError, unknown
+from depthprune.errors import BudgetError, OptionError, PlanError, unknown
 from depthprune.layout import Layout
 from depthprune.model import Model
 from depthprune.oracle import ModelOracle
@@ -44,14 +44,15 @@ def select(
     data: Data,
     unit: str = "any",
     metric: str | Callable[..., Scores] = "loss",
-    select: str | Callable[..., Selection] = "greedy",
+    select: str | Callable[..., Selection] | None = None,
     protect: str | Sequence[Unit | str] | None = None,
     **options: Any,
 ) -> Plan:
     """Choose the units to drop for a budget, and write down why.
 
     ``unit`` is the kind of units that may go; ``protect`` lists units that must stay (``"none"`` lifts the default, the
-    attention of block 0). ``options`` are those of ``ModelOracle``.
+    attention of block 0); ``select`` is by default ``greedy`` for the loss and ``lowest`` for other metrics.
+    ``options`` are those of ``ModelOracle``.
     Raises ``BudgetError`` for impossible budgets, ``OptionError`` for unknown names.
     """
     amount, unit = settle(budget, unit, model.layout)
@@ -120,17 +121,20 @@ def choose(
     units: Sequence[Unit],
     *,
     unit: str,
-    select: str | Callable[..., Selection],
+    select: str | Callable[..., Selection] | None,
     seed: int = 0,
 ) -> Plan:
-    """Run a selector on an oracle and write the plan."""
+    """Run a selector on an oracle and write the plan. Raises ``OptionError`` where the metric cannot lead it."""
+    select = select or ("greedy" if oracle.metric == "loss" else "lowest")
     name, function, options = find("selectors", select)
+    if name == "greedy" and oracle.metric != "loss":
+        raise OptionError(f"greedy goes by the loss, not by {oracle.metric}; choose --metric loss, or --select lowest")
     selection: Selection = function(oracle, units, budget, **options)
     layout = oracle.model.layout
     gone = frozenset(selection.units)
     freed = layout.freed(gone)
     why: dict[str, Any] = {
-        "metric": "loss" if name == "greedy" else oracle.metric,
+        "metric": oracle.spec,
         "select": select if isinstance(select, str) else name,
         "unit": unit,
         "budget": budget.text,

@@ -8,6 +8,8 @@ that was stopped at any moment goes on where it was.
 
 from __future__ import annotations
 
+import math
+import os
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,37 +17,38 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from depthprune import tables
+from depthprune import sources, tables
 from depthprune.bench import bench
 from depthprune.console import Console
 from depthprune.data import Data, calibrate, check_vocabulary, overlap, warn_overlap
-from depthprune.errors import DepthpruneError, OptionError
+from depthprune.errors import CheckpointError, DepthpruneError, OptionError
 from depthprune.evaluate import Windows, fits, perplexity, windows
 from depthprune.export import check_many, expect, export
 from depthprune.files import place, read_json, why, write_json
-from depthprune.metrics.stream import DISTANCES
 from depthprune.model import Model, load
 from depthprune.oracle import ModelOracle
 from depthprune.plan import Plan
 from depthprune.planning import candidates, choose, protected, settle
+from depthprune.registry import find
 from depthprune.report import report
 from depthprune.scores import Scores
 from depthprune.surgery import drop
 from depthprune.units import Unit
 
 REPEATS = 5
+MEANS = {"memory", "device", "bench"}  # settings that change how a run is done and not what it finds
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run was asked to do; a resumed run must be asked for the same."""
+    """What a run was asked to do; a resumed run must be asked for the same, by whatever ``MEANS``."""
 
     model: str
     drop: str
     data: str
     unit: str = "any"
     metric: str = "loss"
-    select: str = "greedy"
+    select: str | None = None
     protect: str | None = None
     text: str | None = None
     sequences: int = 64
@@ -76,8 +79,6 @@ def prune(
     Raises the errors of the stages; ``OptionError`` where the folder holds another run.
     """
     out = Path(out)
-    if settings.form == "plain" and settings.unit != "block":
-        raise OptionError("--form plain holds whole blocks only: add --unit block, or use --form hf")
     _examine(settings, out, resume=resume, overwrite=overwrite)
     if resume and all((out / name).exists() for name in _files(settings)):
         console.keep(out / "log.txt")
@@ -86,6 +87,8 @@ def prune(
     console.say(f"loading {settings.model}")
     model = load_as(settings)
     budget, unit = settle(settings.drop, settings.unit, model.layout)
+    if settings.form == "plain" and unit != "block":
+        raise OptionError("--form plain holds whole blocks only: add --unit block, or use --form hf")
     units = budget.candidates(model.layout, candidates(model.layout, unit, settings.protect))
     console.say(f"{describe(model)}; {len(units)} units may be dropped")
     data, text = _texts(settings, model, console)
@@ -116,12 +119,11 @@ def prune(
     plan = Plan.load(out / "plan.json")
     console.say(f"dropping {plan.describe()}, measured {plan.why.get('evaluations')} variants")
     smaller = drop(model, plan)
-    expected = expect(model, plan)
     if not (out / "model").is_dir():
         export(smaller, out / "model", settings.form)
     if not (out / "check.json").is_file():
         console.say("proving it in a fresh process")
-        proofs = check_many({out / "model": expected}, device=str(model.device))[out / "model"]
+        proofs = check_many({out / "model": expect(model, plan)}, device=str(model.device))[out / "model"]
         passed = all(proof.passed for proof in proofs)
         write_json(out / "check.json", {"format": 1, "passed": passed, "proofs": [p.to_json() for p in proofs]})
         for proof in proofs:
@@ -132,7 +134,7 @@ def prune(
         write_json(out / "eval.json", evaluate(pair, text, console, overlap=shared, folder=out / "model"))
     if settings.bench and not (out / "bench.json").is_file():
         console.say("measuring speed, the two in turn")
-        write_json(out / "bench.json", speed(pair, settings.length))
+        write_json(out / "bench.json", speed(pair, seed=settings.seed))
     return _conclude(out, console)
 
 
@@ -188,6 +190,7 @@ def _examine(settings: Settings, out: Path, *, resume: bool, overwrite: bool) ->
     if not (out / "run.json").is_file():
         raise OptionError(f"--out {out} holds something that is no run of depthprune; name another folder")
     if overwrite:
+        _spare(settings, out)
         return
     if not resume:
         raise OptionError(f"--out {out} holds a run already; add --resume to finish it or --overwrite to replace it")
@@ -195,10 +198,24 @@ def _examine(settings: Settings, out: Path, *, resume: bool, overwrite: bool) ->
     before = record.get("settings") if isinstance(record, dict) else None
     if not isinstance(before, dict):
         raise OptionError(f"--resume: {out / 'run.json'} is not that of a run; --overwrite starts again")
-    named = sorted(key for key in {*before, *asked} if before.get(key) != asked.get(key))
+    named = sorted(key for key in {*before, *asked} - MEANS if before.get(key) != asked.get(key))
     if named:
         differ = ", ".join(f"{key} was {before.get(key)!r}, now {asked.get(key)!r}" for key in named)
         raise OptionError(f"--resume: {out} was started with other settings: {differ}")
+
+
+def _spare(settings: Settings, out: Path) -> None:
+    """Refuse to replace a folder that the run is to read from."""
+    texts = [source.path for text in (settings.data, settings.text) if text for source in sources.parse(text)]
+    folder = out.resolve()
+    for given in (settings.model, settings.tokenizer, *texts):
+        path = Path(given or "").expanduser()
+        if given and path.exists() and folder in {*_above(path.resolve()), *_above(Path(os.path.abspath(path)))}:
+            raise OptionError(f"--overwrite would delete {given}, which this run reads; name another --out")
+
+
+def _above(path: Path) -> tuple[Path, ...]:
+    return (path, *path.parents)
 
 
 def _claim(settings: Settings, out: Path, *, overwrite: bool) -> None:
@@ -255,14 +272,31 @@ def _texts(settings: Settings, model: Model, console: Console) -> tuple[Data, Wi
 
 
 def scores(oracle: ModelOracle, unit: str, settings: Settings) -> dict[str, Any]:
-    """``scores.json`` of a run: every metric that is known or costs one walk, and what was protected."""
+    """``scores.json`` of a run: the scores that chose, those that cost one walk, and what was protected."""
     layout = oracle.model.layout
-    found: dict[str, Scores] = dict(oracle.streams("all"))
-    if oracle.metric not in DISTANCES or settings.select.startswith("greedy"):
-        found = {"loss": oracle.leave_one_out()} | found
+    found: dict[str, Scores] = {oracle.spec: oracle.scored()}
+    found |= {name: measured for name, measured in oracle.streams("all").items() if name not in found}
     every = (*layout.units("block"), *(u for u in layout.units("any") if u.sublayer))
     kept = [str(u) for u in protected(layout, unit, settings.protect)]
     return scores_json(oracle.model, found, every) | {"protected": kept}
+
+
+def scored(oracle: ModelOracle, metrics: Sequence[str]) -> dict[str, Scores]:
+    """The scores of an oracle's units under several metrics; those that need only the stream share one walk.
+
+    Raises ``CheckpointError`` where one is not a number.
+    """
+    found: dict[str, Scores] = {}
+    for spec in metrics:
+        _, function, options = find("metrics", spec)
+        found[spec] = function(oracle, oracle.units, **options)
+        broken = next((unit for unit, value in found[spec].values.items() if math.isnan(value)), None)
+        if broken is not None:
+            raise CheckpointError(
+                f"{spec} of {broken} is not a number for {oracle.model.reference.id} on {oracle.data.name}: its "
+                "weights are damaged, or it overflows; try another --dtype"
+            )
+    return found
 
 
 def scores_json(model: Model, found: Mapping[str, Scores], units: Sequence[Unit]) -> dict[str, Any]:
@@ -317,7 +351,7 @@ def evaluate(
 
 
 def speed(
-    models: Mapping[str, Model], length: int, *, batch: int = 1, prompt: int = 256, new: int = 32
+    models: Mapping[str, Model], *, batch: int = 1, prompt: int = 256, new: int = 32, seed: int = 0
 ) -> dict[str, Any]:
     """``bench.json``: prefill and decoding speed, the models in turn; shorter where the model has fewer positions."""
     room = min([model.positions for model in models.values() if model.positions is not None] or [1 << 30])
@@ -325,7 +359,7 @@ def speed(
         new = max(1, min(new, room // 4))
         prompt = max(1, room - new)
     nets = {name: model.net for name, model in models.items()}
-    return bench(nets, batch=batch, prompt=prompt, new=new, repeats=REPEATS)
+    return bench(nets, batch=batch, prompt=prompt, new=new, repeats=REPEATS, seed=seed)
 
 
 def summarize(out: Path) -> dict[str, Any]:

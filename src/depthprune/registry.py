@@ -1,8 +1,8 @@
 """Names to functions: metrics and selectors, with options parsed from their signatures. No torch.
 
 Built-ins are the lists below; outsiders register functions as entry points (``depthprune.metrics``,
-``depthprune.selectors``), loaded when asked for; Python users pass a function. Keyword-only arguments are the options:
-``cosine:tokens=last``.
+``depthprune.selectors``, ``depthprune.recoverers``; ``depthprune.exporters`` for forms), loaded when asked for; Python
+users pass a function. Keyword-only arguments are the options: ``cosine:tokens=last``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoints, entry_points
 from typing import Any
 
 from depthprune.errors import OptionError, unknown
@@ -35,7 +35,11 @@ TABLES: dict[str, dict[str, str]] = {
 
 def names(table: str) -> tuple[str, ...]:
     """All names in a table, built in and registered by others."""
-    return tuple(sorted({*TABLES[table], *(entry.name for entry in entry_points(group=f"depthprune.{table}"))}))
+    return tuple(sorted({*TABLES[table], *_outsiders(table).names}))
+
+
+def _outsiders(table: str) -> EntryPoints:
+    return entry_points(group=f"depthprune.{'exporters' if table == 'forms' else table}")
 
 
 def find(table: str, spec: str | Callable[..., Any]) -> tuple[str, Callable[..., Any], dict[str, Any]]:
@@ -50,10 +54,10 @@ def find(table: str, spec: str | Callable[..., Any]) -> tuple[str, Callable[...,
         module, _, attribute = TABLES[table][name].partition(":")
         function = getattr(importlib.import_module(module), attribute)
     else:
-        entries = [entry for entry in entry_points(group=f"depthprune.{table}") if entry.name == name]
+        entries = _outsiders(table).select(name=name)
         if not entries:
             raise unknown(table.removesuffix("s"), name, names(table))
-        function = entries[0].load()
+        function = next(iter(entries)).load()
     return name, function, _options(name, function, rest)
 
 

@@ -66,6 +66,7 @@ def view(run: Run) -> dict[str, Any]:
     """Everything the template shows, by name."""
     plan, why = run.plan, run.plan.part("why")
     model = plan.part("model").text("id") or "unnamed model"
+    replay = ["depthprune", "drop", plan.part("model").text("id") or "MODEL", str(run.folder / "plan.json")]
     if model.startswith(("/", ".", "~")):  # a folder: its name says more than its place
         model = model.rstrip("/").rpartition("/")[2]
     net, measures = Network.of(run), measures_of(run)
@@ -98,7 +99,7 @@ def view(run: Run) -> dict[str, Any]:
         "remote": bool(run.config and run.config.values.get("auto_map")),
         "loader": _loader(run),
         "folder": repr(str(run.folder / "model")),
-        "replay": shlex.join(["depthprune", "drop", model, str(run.folder / "plan.json"), "--out", "DIR"]),
+        "replay": shlex.join([*replay, "--out", "DIR"]),
         "provenance": _provenance(run),
         "names": NAMES,
         "letters": LETTERS,
@@ -129,6 +130,12 @@ def _warnings(run: Run, measures: dict[str, Measure]) -> list[str]:
         found.append(f"The check \u201c{proof.text('name')}\u201d failed{detail}. Do not deploy this folder.")
     if run.check and not run.check.flag("passed") and not found:
         found.append("The check failed. Do not deploy this folder.")
+    for entry in run.eval.objects("models") if run.eval else []:
+        if entry.values.get("perplexity", 0) is None:
+            found.append(
+                f"The perplexity of the {entry.text('name')} model is not a number: its weights are damaged, or it "
+                "overflows. Do not deploy this folder."
+            )
     perplexity = ends_of(measures["perplexity"])
     if perplexity and not perplexity[1] / perplexity[0] <= _RATIO_TO_WARN:
         found.append(

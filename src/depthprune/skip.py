@@ -46,7 +46,7 @@ class Skip(nn.Module):
 
 def skip_sublayers(net: nn.Module) -> None:
     """Replace the sublayers that ``net.config.depthprune`` names by ``Skip``; doing it twice changes nothing."""
-    config: Any = net.config
+    config: Any = net.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
     spec = getattr(config, "depthprune", None)
     if not spec or not spec.get("skip"):
         return

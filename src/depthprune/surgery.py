@@ -13,30 +13,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
+from depthprune.discover import PROBE, REFUSALS, discover, muted
 from depthprune.errors import LayoutError, PlanError
-from depthprune.layout import PROBE, Layout, blocks_of, discover, muted
-from depthprune.model import Model
-from depthprune.plan import Plan
+from depthprune.layout import Layout, blocks_of
+from depthprune.model import Model, fingerprint
+from depthprune.plan import Plan, Reference
 from depthprune.record import answer, close, forwards, inputs
 from depthprune.shrink import adopt, prove, shrink
 from depthprune.skip import Skip, cache_slots, skip_sublayers
 from depthprune.units import Unit, parse
 
 _INDEX_NAMES = ("layer_idx", "layer_index", "layer_id", "block_idx")
-# What model code raises when a configuration or a missing part does not suit it.
-_REFUSALS = (
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    AssertionError,
-    RuntimeError,
-    StrictDataclassError,
-)
 
 
 @contextmanager
@@ -46,7 +35,7 @@ def without(model: Model, units: Iterable[Unit | str]) -> Iterator[Model]:
     Forwards, cached decoding and ``generate`` all behave as those of ``drop`` with the same units.
     Raises ``PlanError`` for units that the model does not have.
     """
-    gone = model.layout.gone(parse(tuple(units)))
+    gone = model.layout.gone(parse(units))
     blocks = blocks_of(model.net, model.layout)
     text = model.net.config.get_text_config(decoder=True)
     config = vars(text)
@@ -108,7 +97,9 @@ def drop(model: Model, plan: Plan) -> Model:
         net, reason = _cut(model, gone, keep_shells)
         if not reason:
             net.eval()
-            return replace(model, net=net, layout=discover(net, model.layout.element_size), plan=plan)
+            layout = discover(net, model.layout.element_size)
+            own = Reference(model.reference.id, model.reference.revision, len(layout.blocks), fingerprint(net))
+            return replace(model, net=net, layout=layout, reference=own, plan=plan)
     raise LayoutError(f"{plan.describe()} cannot be dropped from {type(model.net).__name__}: {reason}")
 
 
@@ -125,7 +116,7 @@ def _cut(model: Model, gone: dict[int, frozenset[str] | None], shells: bool) -> 
             return net, "the block with its tombstone cannot go"
         try:
             adopt(net.config, shrink(net.config, kept, len(blocks)))
-        except _REFUSALS as error:
+        except REFUSALS as error:
             return net, f"its configuration cannot be shortened ({' '.join(str(error).split())})"
         parent, _, name = layout.path.rpartition(".")
         setattr(net.get_submodule(parent), name, nn.ModuleList([blocks[index] for index in kept]))
@@ -134,7 +125,7 @@ def _cut(model: Model, gone: dict[int, frozenset[str] | None], shells: bool) -> 
         _mark(text, _moved(before, kept))
         try:
             reason = prove(net, net.config)
-        except _REFUSALS as error:
+        except REFUSALS as error:
             reason = f"no model can be built from its shortened configuration ({' '.join(str(error).split())})"
         if reason:
             return net, reason
@@ -238,7 +229,7 @@ def _differs(model: Model, net: nn.Module, gone: dict[int, frozenset[str] | None
             want = model.net(**inputs(tokens, None), use_cache=False)[0]
         have = net(**inputs(tokens, None), use_cache=False)[0]
         net(**inputs(tokens, None), use_cache=True)  # some hand a state from block to block
-    except _REFUSALS as error:
+    except REFUSALS as error:
         return f"without those units it does not run ({type(error).__name__}: {' '.join(str(error).split())})"
     if not close(have, want):
         gap = (want - have).abs().max().item()

@@ -90,8 +90,9 @@ def conclusion(summary: Mapping[str, Any], out: Path, page: Path, *, passed: boo
         if key in summary:
             before, after = summary[key]
             form = ",.0f" if isinstance(before, int) else ",.2f"
-            ratio = f"{after / before:.3f}x" if before else ""
-            lines.append(f"{name:26}{before:>14{form}}{after:>14{form}}{ratio:>9}")
+            shown = ["not finite" if value is None else f"{value:{form}}" for value in (before, after)]
+            ratio = f"{after / before:.3f}x" if before and after is not None else ""
+            lines.append(f"{name:26}{shown[0]:>14}{shown[1]:>14}{ratio:>9}")
     lines += ["", f"dropped: {' '.join(summary['drop'])}"]
     lines += [f"proofs:  {'every one held' if passed else 'FAILED, see the report'}"]
     lines += [f"model:   {out / 'model'}", f"report:  {page}"]

@@ -55,5 +55,7 @@ class Unit:
 
 
 def parse(units: Iterable[str | Unit]) -> tuple[Unit, ...]:
-    """Read several units, leaving those that are units already."""
+    """Read several units, leaving those that are units already. Raises ``PlanError`` for a text that is no list."""
+    if isinstance(units, str):
+        raise PlanError(f"a list of units is needed, not the text {units!r}; write [{units!r}]")
     return tuple(unit if isinstance(unit, Unit) else Unit.parse(unit) for unit in units)

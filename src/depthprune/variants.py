@@ -2,15 +2,15 @@
 
 Every question about a thinner model goes through ``losses``: leave-one-out, greedy, sweeps. Variants that agree up to
 some unit run it once (a trie over execution order); within a block, a sublayer's output that two variants share is
-computed once and replayed; the rows of variants with the same block run together; each block is visited once per call,
-however many variants there are. The loss comes from the model's own norm and head, in chunks.
+computed once and replayed; the rows of variants with the same block run together; each block is visited once per
+shard of sequences, however many variants there are. The loss comes from the model's own norm and head, in chunks.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from depthprune.data import Data, check_vocabulary
+from depthprune.discover import REFUSALS, muted
 from depthprune.errors import DataError, LayoutError
-from depthprune.layout import Layout, blocks_of, muted
+from depthprune.layout import Layout, blocks_of
 from depthprune.model import Model
-from depthprune.record import TOKENS, Call, Recording, close, forwards, head, inputs, once, record, slices
+from depthprune.record import TOKENS, Call, Recording, close, forwards, head, inputs, leaves, once, record, slices
 from depthprune.scores import Losses
 from depthprune.surgery import mutes
-from depthprune.units import Unit
+from depthprune.units import Unit, parse
 
 Gone = dict[int, frozenset[str] | None]
 Progress = Callable[[float, float], None]
@@ -52,7 +53,6 @@ class _Batch:
     rows: slice
     recording: Recording
     grows: list[list[bool]]
-    tiles: dict[tuple[int, int], Call] = field(default_factory=dict)
 
     def call(self, block: int, times: int) -> Call:
         """The call of a block for ``times`` variants of this batch at once."""
@@ -79,15 +79,22 @@ def losses(
     with work measured in blocks times sequences.
     Raises ``DataError`` for text that does not fit the model, ``PlanError`` for units it does not have.
     """
-    gone = [model.layout.gone(tuple(units)) for units in variants]
+    gone = [model.layout.gone(parse(units)) for units in variants]
     check(model, data)
     predicted = (data.mask[:, 1:] & data.mask[:, :-1]).sum(1).double().numpy()
     result = Losses.empty(len(gone), predicted)
     if not gone:
         return result
     run = _Run(model, data, gone, progress, tokens_per_call or TOKENS.get(model.device.type, 4096))
+    room = memory or _memory(model.device)
     if run.engine_is_exact():
-        run.sweep(result, memory or _memory(model.device))
+        if len(gone) > 1 and run.bytes_per_sequence() > room:  # not even one sequence of all variants fits
+            half = len(gone) // 2
+            for part, done in ((slice(0, half), 0.0), (slice(half, len(gone)), 0.5)):
+                found = losses(model, data, list(variants)[part], memory=room, progress=_part(progress, done))
+                result.nll[part] = found.nll
+            return result
+        run.sweep(result, room)
     else:
         name = type(model.net).__name__
         warnings.warn(
@@ -108,6 +115,10 @@ def check(model: Model, data: Data) -> None:
         )
 
 
+def _part(progress: Progress | None, done: float) -> Progress | None:
+    return None if progress is None else lambda now, total: progress(done + now / total / 2, 1.0)
+
+
 def _memory(device: torch.device) -> int:
     """Half of what is free, for the streams."""
     if device.type == "cuda":
@@ -117,21 +128,14 @@ def _memory(device: torch.device) -> int:
 
 def trie(layout: Layout, gone: Sequence[Gone]) -> tuple[list[int], float]:
     """How many distinct streams are alive after each block, and how many block forwards the sweep makes."""
-    groups: dict[tuple[Any, ...], int] = {(): 0}
-    paths: list[tuple[Any, ...]] = [() for _ in gone]
-    alive, forwards_made = [], 0.0
+    alive, made, group = [], 0, [0] * len(gone)
     for index in range(len(layout.blocks)):
-        paths = [(*path[-1:], _key(g, index)) for path, g in zip(paths, gone, strict=True)]
-        numbers: dict[tuple[Any, ...], int] = {}
-        for position, path in enumerate(paths):
-            parent = groups[path[:-1]] if len(path) > 1 else 0
-            if (parent, path[-1]) not in numbers and path[-1] != "block":
-                forwards_made += 1
-            number = numbers.setdefault((parent, path[-1]), len(numbers))
-            paths[position] = (number,)
-        groups = {(number,): number for number in numbers.values()}
+        keys = [(before, _key(g, index)) for before, g in zip(group, gone, strict=True)]
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        made += sum(mode != "block" for _, mode in numbers)
+        group = [numbers[key] for key in keys]
         alive.append(len(numbers))
-    return alive, forwards_made
+    return alive, float(made)
 
 
 def _key(gone: Gone, index: int) -> Any:
@@ -171,10 +175,9 @@ class _Run:
     def engine_is_exact(self) -> bool:
         """Prove on a short piece of the data that blocks called alone compute what the model computes.
 
-        The dense model, the one without its first block, and the variants that touch the most units are compared with
-        plain forwards, with their rows run together and one after the other, so that blocks which hand each other
-        something in secret are found out. Once per network, with and without padding, as it is the structure that
-        decides.
+        Several variants are compared with plain forwards, with their rows run together and one after the other, so that
+        blocks which hand each other something in secret are found out. Once per network, with and without padding, as
+        it is the structure that decides.
         """
         length, packed = min(self.data.length, 16), self.data.packed
         if packed in _EXACT.get(self.net, {}):
@@ -185,10 +188,22 @@ class _Run:
         _EXACT.setdefault(self.net, {})[packed] = exact
         return exact
 
+    def _tried(self) -> list[Gone]:
+        """Variants that use every way through a block: whole, bypassed, and each sublayer gone, early and late."""
+        found = self.layout.blocks
+        single = [
+            Gone({index: frozenset((sublayer.name,))})
+            for index in sorted({0, len(found) // 2, len(found) - 1})
+            for sublayer in found[index].sublayers
+            if len(found[index].sublayers) > 1
+        ]
+        several = Gone({index: names for one in single for index, names in one.items()})
+        return [Gone(), Gone({0: None}), *single, several]
+
     def _compare(self, length: int, rows: int) -> bool:
         self.rows = rows
         tokens, mask = self.data.tokens[:2, :length], self.data.mask[:2, :length]
-        chosen = [Gone(), Gone({0: None}), *sorted(self.gone, key=len)[-2:]]
+        chosen = self._tried()
         try:
             batch = self.batch(slice(0, len(tokens)), tokens, mask)
             nodes = [_Node(list(range(len(chosen))), [batch.recording.stream])]
@@ -201,7 +216,9 @@ class _Run:
                 real = mask.to(self.device)
                 if not close(logits[real], plain[real]):
                     return False
-        except (LayoutError, AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
+        except torch.OutOfMemoryError:
+            raise
+        except (LayoutError, *REFUSALS):
             return False
         return True
 
@@ -210,7 +227,7 @@ class _Run:
         self.total = float(len(self.gone) * self.data.sequences)
         for variant, gone in enumerate(self.gone):
             with forwards(mutes(self.blocks, self.layout, gone)):
-                for rows in slices(self.data.sequences, self.rows):
+                for rows in slices(self.data.sequences, max(1, min(self.rows, self.chunk * 8 // self.data.length))):
                     tokens, mask = self.data.tokens[rows].to(self.device), self.data.mask[rows].to(self.device)
                     logits = self._plain(variant, tokens, mask)
                     nll = _nll(logits[:, :-1], tokens[:, 1:]).double() * (mask[:, 1:] & mask[:, :-1])
@@ -226,12 +243,18 @@ class _Run:
             raise LayoutError(f"this model does not run with units of block {blocks} dropped ({reason})") from None
         return logits
 
+    def bytes_per_sequence(self) -> int:
+        """What one sequence takes: a stream for every variant alive, and what the model passes to its blocks."""
+        recording = self.batch(slice(0, 1)).recording
+        tensors = {leaf.data_ptr(): leaf for call in recording.calls for leaf in leaves((call.args, call.kwargs))}
+        passed = sum(leaf.numel() * leaf.element_size() for leaf in tensors.values())
+        return (max(self.alive) + 3) * recording.stream.numel() * recording.stream.element_size() + passed
+
     def sweep(self, result: Losses, memory: int) -> None:
         """All blocks once per shard of sequences; shards as large as the memory for streams allows."""
-        width = self.net.get_input_embeddings().weight.shape[1]
-        size = next(self.net.parameters()).element_size()
-        per_sequence = (max(self.alive) + 2) * self.data.length * width * size
-        shard = max(self.rows, memory // per_sequence // self.rows * self.rows)
+        shard = max(1, memory // self.bytes_per_sequence())
+        self.rows = min(self.rows, shard)
+        shard = shard // self.rows * self.rows
         for start in range(0, self.data.sequences, shard):
             stop = min(start + shard, self.data.sequences)
             batches = [self.batch(slice(start + r.start, start + r.stop)) for r in slices(stop - start, self.rows)]
@@ -266,6 +289,8 @@ class _Run:
             times = max(1, self.rows // rows)
             for some in slices(len(nodes), times):
                 streams = [node.streams[number] for node in nodes[some]]
+                for node in nodes[some]:
+                    node.streams[number] = streams[0][:0]  # what is used up makes room for what comes out
                 joined = streams[0] if len(streams) == 1 else torch.cat(streams)
                 out = batch.call(index, len(streams)).run(block, joined)
                 for node, stream in zip(after[some], torch.split(out, rows), strict=True):

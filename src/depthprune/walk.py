@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from depthprune.data import Data
-from depthprune.layout import Block, blocks_of, muted
+from depthprune.discover import muted
+from depthprune.layout import Block, blocks_of
 from depthprune.model import Model
 from depthprune.record import TOKENS, Call, forwards, once, record, slices
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import naive
+from depthprune.discover import discover
 from depthprune.errors import LayoutError
-from depthprune.layout import discover
 from depthprune.model import Model
 from families import names, tiny
 

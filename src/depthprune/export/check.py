@@ -20,7 +20,7 @@ from torch import Tensor
 from depthprune.errors import CheckpointError, DepthpruneError
 from depthprune.export import prove
 from depthprune.files import read_json
-from depthprune.model import Model
+from depthprune.model import Model, auto_name
 from depthprune.plan import Plan
 from depthprune.surgery import without
 
@@ -46,8 +46,7 @@ class Proof:
 class Expected:
     """What a folder has to reproduce: logits on a probe, and how exact the intact model's own cached decoding is."""
 
-    tokens: Tensor
-    logits: Tensor | None
+    tensors: Mapping[str, Tensor]  # tokens and logits, and for models with windows a long text and its late logits
     generation_gap: float
     stepping_gap: float
     parameters: int | None
@@ -57,19 +56,37 @@ class Expected:
 @torch.no_grad()
 def expect(dense: Model, plan: Plan) -> Expected:
     """Measure the reference on the dense model with the plan's units muted."""
-    tokens = probe(dense)
+    tokens, long = probe(dense, SHAPE), longer(dense)
     with without(dense, plan.drop):
-        logits = dense.net(tokens, use_cache=False).logits.float().cpu()
+        tensors = {"tokens": tokens.cpu(), "logits": dense.net(tokens, use_cache=False).logits.float().cpu()}
+        if long is not None:
+            tensors |= {"long": long.cpu(), "late_logits": prove.late_logits(dense.net, long)}
     generated = prove.generation_gap(dense.net, tokens) or 0.0
     stepped = prove.stepping_gap(dense.net, tokens) or 0.0
     dtype = str(next(dense.net.parameters()).dtype).removeprefix("torch.")
-    return Expected(tokens.cpu(), logits, generated, stepped, dense.parameters - dense.layout.freed(plan.drop), dtype)
+    return Expected(tensors, generated, stepped, dense.parameters - dense.layout.freed(plan.drop), dtype)
 
 
-def probe(model: Model) -> Tensor:
-    """Random tokens to compare logits on."""
-    shape = (SHAPE[0], min(SHAPE[1], (model.positions or 2 * SHAPE[1]) // 2))
+def probe(model: Model, shape: tuple[int, int]) -> Tensor:
+    """Random tokens to compare logits on, no longer than half of the model's positions (generation takes the rest)."""
+    shape = (shape[0], min(shape[1], (model.positions or 2 * shape[1]) // 2))
     return torch.randint(model.vocabulary, shape, generator=torch.Generator().manual_seed(3)).to(model.device)
+
+
+def longer(model: Model) -> Tensor | None:
+    """One text that is longer than the model's sliding windows, so that a window in the wrong block shows.
+
+    None for models without windows, or with windows that reach over all positions.
+    """
+    text = model.net.config.get_text_config(decoder=True)
+    sizes = [
+        vars(text).get(name) for name in ("sliding_window", "attention_chunk_size", "local_attention", "window_size")
+    ]
+    window = max((size for size in sizes if isinstance(size, int)), default=0)
+    if not window or (model.positions is not None and model.positions < window + prove.LATE):
+        return None
+    shape = (1, window + prove.LATE)
+    return torch.randint(model.vocabulary, shape, generator=torch.Generator().manual_seed(4)).to(model.device)
 
 
 def check(
@@ -94,16 +111,14 @@ def check_many(folders: Mapping[Path, Expected | None], *, device: str = "cpu") 
         request: list[dict[str, Any]] = []
         for number, (path, expected) in enumerate(folders.items()):
             config = _config(path)
-            tensors = {"tokens": _tokens(config)} if expected is None else {"tokens": expected.tokens}
-            if expected is not None and expected.logits is not None:
-                tensors["logits"] = expected.logits
+            tensors = {"tokens": _tokens(config)} if expected is None else dict(expected.tensors)
             file = Path(scratch) / f"{number}.safetensors"
             try:
                 save_file(tensors, file)
             except SafetensorError as error:
                 raise DepthpruneError(f"cannot write a probe into {scratch}: {error}") from None
             for route in routes(config):
-                item = {"path": str(path), "auto": _auto(config), "route": route, "probe": str(file)}
+                item = {"path": str(path), "auto": auto_name(config), "route": route, "probe": str(file)}
                 dtype = expected.dtype if expected is not None else "float32" if device == "cpu" else _dtype(config)
                 request.append(item | {"device": device, "dtype": dtype})
         # what teaches transformers about skips must come last: it cannot be unlearned
@@ -127,13 +142,6 @@ def _config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no model: it has no config.json")
     config: dict[str, Any] = read_json(path / "config.json")
     return config
-
-
-def _auto(config: Mapping[str, Any]) -> str:
-    architecture = (config.get("architectures") or [""])[0]
-    if config.get("is_encoder_decoder"):
-        return "AutoModelForSeq2SeqLM"
-    return "AutoModelForMaskedLM" if architecture.endswith("ForMaskedLM") else "AutoModelForCausalLM"
 
 
 def _dtype(config: Mapping[str, Any]) -> str:

@@ -20,10 +20,9 @@ from torch import Tensor
 from depthprune import skip
 from depthprune.errors import ExportError
 from depthprune.files import new_folder, place
-from depthprune.model import Model
+from depthprune.model import Model, auto_name
 
 MODELLING = "modeling_depthprune"
-_AUTO = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM")
 
 
 def uneven(model: Model) -> bool:
@@ -106,8 +105,10 @@ def _state(net: Any, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def _modelling(net: Any, folder: Path) -> dict[str, str]:
     """Write the modelling file of an uneven model, and say which of its classes is for which Auto class."""
-    auto = next(name for name in _AUTO if type(net) in getattr(transformers, name)._model_mapping.values())
-    classes = {auto: type(net), "AutoModel": type(net.base_model)}
+    classes = {
+        auto_name(net.config.to_dict() | {"architectures": [type(net).__name__]}): _stock(net),
+        "AutoModel": _stock(net.base_model),
+    }
     lines = [inspect.getsource(skip).rstrip(), ""]
     for kind in dict.fromkeys(classes.values()):
         lines += [
@@ -129,6 +130,14 @@ def _modelling(net: Any, folder: Path) -> dict[str, str]:
         ]
     (folder / f"{MODELLING}.py").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return {name: f"{MODELLING}.{kind.__name__}" for name, kind in classes.items()}
+
+
+def _stock(net: Any) -> type:
+    """The class of transformers behind a model, which may be of a class that came with a checkpoint."""
+    for kind in type(net).__mro__:
+        if kind.__module__.startswith("transformers.models."):
+            return kind
+    raise ExportError(f"form hf needs a class of transformers to build on, and {type(net).__name__} has none")
 
 
 class _quiet:

@@ -5,11 +5,13 @@ Reads a request (JSON) from its first argument and prints one JSON line per fold
     {"path": …, "auto": "AutoModelForCausalLM", "route": "plain", "device": …, "dtype": …, "probe": …}
 
 Route ``plain`` loads with stock transformers alone, ``remote`` with ``trust_remote_code=True``, ``aware`` after
-``import depthprune``. ``probe`` is a safetensors file with ``tokens`` (B, T) and, if there is a reference, ``logits``.
+``import depthprune``. ``probe`` is a safetensors file with ``tokens`` (B, T) and, if there is a reference, ``logits``;
+for models with sliding windows also a ``long`` text (1, T) and the ``late_logits`` at its end.
 """
 
 import contextlib
 import importlib
+import inspect
 import json
 import sys
 import warnings
@@ -20,6 +22,14 @@ import transformers
 from safetensors.torch import load_file
 
 NEW = 12  # generated tokens
+LATE = 24  # positions compared at the end of a long text
+
+
+@torch.no_grad()
+def late_logits(net: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """The logits (B, 24, V) of the last positions of a text that is longer than the sliding windows."""
+    keep = {"logits_to_keep": LATE} if "logits_to_keep" in inspect.signature(net.forward).parameters else {}
+    return net(tokens, use_cache=False, **keep).logits[:, -LATE:].float().cpu()  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -90,6 +100,9 @@ def examine(item: dict[str, Any]) -> dict[str, Any]:
     result["scale"] = logits.float().abs().max().item()
     if "logits" in probe:
         result["gap"] = (logits.float().cpu() - probe["logits"].float()).abs().max().item()
+    if "long" in probe:
+        late = late_logits(net, probe["long"].to(item["device"]))
+        result["gap"] = max(result["gap"], (late - probe["late_logits"]).abs().max().item())
     result["generation_gap"] = generation_gap(net, tokens)
     result["stepping_gap"] = stepping_gap(net, tokens)
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ def loss(oracle: ModelOracle, units: Sequence[Unit]) -> Scores:
     measured = {unit: losses.difference(row, 0) for row, unit in enumerate(units, start=1)}
     return Scores(
         "loss",
-        {unit: rise for unit, (rise, _) in measured.items()},
+        {unit: rise if math.isfinite(rise) else math.inf for unit, (rise, _) in measured.items()},
         {unit: error for unit, (_, error) in measured.items() if error == error},
         oracle.data.describe(),
         float(losses.mean()[0]),
