@@ -371,10 +371,9 @@ def test_no_memory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
         with monkeypatch.context() as patch:
             patch.setattr(oracle, "losses", fail)
-            error_line = run(*PRUNE, *(["--resume"] if Path("run").exists() else [])).error
-            assert error_line == (
-                "out of memory; try the same command with --resume and a smaller --memory, or --device cpu, to finish run"
-            )
+            done = run(*PRUNE, *(["--resume"] if Path("run").exists() else []))
+            way = "try the same command with --resume and a smaller --memory, or --device cpu, to finish run"
+            assert done.error == f"out of memory; {way}"
             score = run("score", "model", "--data", "text.txt", *SMALL, "--out", "scores.json")
             assert score.code == 1 and score.error.startswith("out of memory; try") and "--resume" not in score.error
     assert run(*PRUNE, "--resume", "--memory", "1GB", "--device", "cpu").code == 0  # what it says to try
