@@ -132,7 +132,7 @@ def wrap(net: nn.Module, tokenizer: Any, id: str, revision: str | None = None, d
 
 
 def fingerprint(net: nn.Module) -> str:
-    """A digest of all names, shapes and a sample of each weight's values, the same in any floating-point type."""
+    """A digest of all names, shapes and a sample of each weight's values, the same in float32 and bfloat16."""
     digest = hashlib.sha256()
     for name, parameter in sorted(net.named_parameters()):
         flat = parameter.detach().flatten()
