@@ -25,10 +25,10 @@ LEVELS = {
     name: level
     for level, names in enumerate(
         (
-            "errors files registry units scores budget plan select",
-            "layout discover families record model surgery shrink skip data rows sources hub dist demo",
+            "errors files registry units scores budget plan select recipes",
+            "layout discover families record model surgery shrink skip data tasks rows sources hub dist demo",
             "walk variants oracle metrics recover export evaluate bench",
-            "run charts report planning pruning console options tables cli __init__ __main__",
+            "run charts report compare planning pruning console options tables cli __init__ __main__",
         )
     )
     for name in names.split()

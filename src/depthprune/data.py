@@ -26,11 +26,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
+class Choices:
+    """Which rows are answers to one question: ``item`` (N,) int64 numbers the questions, ``right`` (N,) bool says
+    which row of a question ends in the right answer (exactly one does)."""
+
+    item: Tensor
+    right: Tensor
+
+    def __getitem__(self, rows: slice | Tensor) -> Choices:
+        return Choices(self.item[rows], self.right[rows])
+
+
+@dataclass(frozen=True, eq=False)
 class Data:
     """Rows of tokens with a mask, and where they came from.
 
     ``tokens`` (N, T) int64 holds the pad id where ``mask`` (N, T) bool is False. ``sources`` says for each source its
     ``path``, its ``weight`` (share of the rows), the ``documents`` read, and the ``tokens`` of the rows drawn from it.
+    Of a task, ``scored`` (N, T) bool marks the tokens whose prediction counts (those of the answer), and ``choices``
+    which rows are answers to the same question.
     Raises ``DataError`` where the shapes differ, or the mask leaves nothing to predict.
     """
 
@@ -40,6 +54,8 @@ class Data:
     digest: str
     seed: int
     sources: tuple[dict[str, object], ...]
+    scored: Tensor | None = None
+    choices: Choices | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.dim() != 2 or self.tokens.shape != self.mask.shape:
@@ -71,8 +87,14 @@ class Data:
 
     @property
     def predicted(self) -> int:
-        """The number of next-token predictions: real tokens that follow a real token in their row."""
-        return int((self.mask[:, 1:] & self.mask[:, :-1]).sum())
+        """The number of next-token predictions that count."""
+        return int(self.counted.sum())
+
+    @property
+    def counted(self) -> Tensor:
+        """Which predictions count (N, T - 1): of real tokens that follow a real token and, in a task, are scored."""
+        real = self.mask[:, 1:] & self.mask[:, :-1]
+        return real if self.scored is None else real & self.scored[:, 1:]
 
     @property
     def packed(self) -> bool:
@@ -86,15 +108,21 @@ class Data:
         """
         if n < 1:
             raise OptionError(f"the head of {self.name} needs at least one row, not {n}")
-        tokens, mask = self.tokens[:n], self.mask[:n]
-        return replace(self, tokens=tokens, mask=mask, digest=digest(tokens, mask))
+        return self.rows(slice(0, n))
 
     def tail(self, n: int) -> Data:
         """The last ``n`` rows, with their own digest; the rows that ``head(sequences - n)`` leaves."""
         if not 1 <= n <= self.sequences:
             raise OptionError(f"the tail of {self.name} needs 1 to {self.sequences} rows, not {n}")
-        tokens, mask = self.tokens[-n:], self.mask[-n:]
-        return replace(self, tokens=tokens, mask=mask, digest=digest(tokens, mask))
+        return self.rows(slice(self.sequences - n, self.sequences))
+
+    def rows(self, chosen: slice | Tensor) -> Data:
+        """Some of the rows, as a slice or a mask (N,), with their own digest."""
+        tokens, mask = self.tokens[chosen], self.mask[chosen]
+        scored = None if self.scored is None else self.scored[chosen]
+        choices = None if self.choices is None else self.choices[chosen]
+        named = digest(tokens, mask, scored)
+        return replace(self, tokens=tokens, mask=mask, digest=named, scored=scored, choices=choices)
 
     def describe(self) -> dict[str, object]:
         """What a plan or a report records of this data, ready for JSON."""
@@ -172,11 +200,12 @@ def from_texts(
     return _assemble([rows], (part,), name, wanted)
 
 
-def digest(tokens: Tensor, mask: Tensor) -> str:
-    """The SHA-256 over the shape, the tokens (int64, little-endian) and the mask (one byte each): ``"sha256:…"``."""
+def digest(tokens: Tensor, mask: Tensor, scored: Tensor | None = None) -> str:
+    """The SHA-256 over the shape, the tokens (int64, little-endian) and the masks (one byte each): ``"sha256:…"``."""
     state = hashlib.sha256(str(tuple(tokens.shape)).encode())
     state.update(tokens.cpu().contiguous().numpy().astype("<i8").tobytes())
-    state.update(mask.cpu().contiguous().numpy().tobytes())
+    for marks in (mask,) if scored is None else (mask, scored):
+        state.update(marks.cpu().contiguous().numpy().tobytes())
     return f"sha256:{state.hexdigest()}"
 
 

@@ -21,12 +21,26 @@ TABLES: dict[str, dict[str, str]] = {
             name: f"depthprune.metrics.stream:{name}"
             for name in ("cosine", "angular", "l1", "l2", "relative_l1", "relative_l2")
         },
-        "loss": "depthprune.metrics.loss:loss",
+        **{
+            name: f"depthprune.metrics.loss:{name}"
+            for name in ("loss", "kl", "js", "logit_distance", "error")
+        },
+        "shapley": "depthprune.metrics.shapley:shapley",
+        "banzhaf": "depthprune.metrics.shapley:banzhaf",
+        "taylor": "depthprune.metrics.gradient:taylor",
+        "gates": "depthprune.metrics.gates:gates",
+        "magnitude": "depthprune.metrics.weight:magnitude",
+        "random": "depthprune.metrics.baseline:random",
+        "last": "depthprune.metrics.baseline:last",
     },
     "selectors": {
         "lowest": "depthprune.select.rank:lowest",
         "contiguous": "depthprune.select.rank:contiguous",
+        "joint": "depthprune.select.rank:joint",
+        "iterative": "depthprune.select.rank:iterative",
         "greedy": "depthprune.select.search:greedy",
+        "beam": "depthprune.select.beam:beam",
+        "evolve": "depthprune.select.evolve:evolve",
     },
     "recoverers": {},
     "forms": {"hf": "depthprune.export.hf:write", "plain": "depthprune.export.hf:plain"},

@@ -72,6 +72,7 @@ class Scores:
     errors: Mapping[Unit, float] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     dense: float | None = None  # the dense model's loss, for metrics on losses
+    detail: Mapping[Unit, Mapping[str, float]] = field(default_factory=dict)  # what the score is made of, by tensor
 
     def ranked(self) -> tuple[Unit, ...]:
         """The units in the order in which they should go: lowest score first, ties in execution order."""
@@ -80,10 +81,11 @@ class Scores:
 
     def to_json(self) -> dict[str, Any]:
         """The scores as plain values for ``scores.json``."""
-        units = {
-            str(unit): {"score": value} | ({"se": self.errors[unit]} if unit in self.errors else {})
-            for unit, value in self.values.items()
-        }
+        units: dict[str, dict[str, Any]] = {str(unit): {"score": value} for unit, value in self.values.items()}
+        for unit, error in self.errors.items():
+            units[str(unit)]["se"] = error
+        for unit, parts in self.detail.items():
+            units[str(unit)]["tensors"] = dict(parts)
         result: dict[str, Any] = {"data": dict(self.data), "units": units}
         if self.dense is not None:
             result["dense"] = {"loss": self.dense}

@@ -15,7 +15,11 @@ from depthprune.units import Unit
 
 
 class Oracle(Protocol):
-    """What a selector may ask about a model."""
+    """What a selector may ask about a model.
+
+    Losses are in the measure of the oracle's metric: nats per token where that is ``loss`` or a one-pass metric, the
+    divergence from the dense model for ``kl``, and so on.
+    """
 
     @property
     def ledger(self) -> Ledger:
@@ -25,14 +29,21 @@ class Oracle(Protocol):
     def evaluations(self) -> int:
         """How many thinned models were measured so far."""
 
-    def scores(self) -> Mapping[Unit, float]:
-        """The score of every unit of the dense model, low goes first."""
+    @property
+    def sequences(self) -> int:
+        """How many calibration sequences there are."""
+
+    def scores(self, gone: frozenset[Unit] = frozenset()) -> Mapping[Unit, float]:
+        """The score of every unit that is left once ``gone`` are dropped, low goes first; infinite: must stay."""
 
     def windows(self, windows: Sequence[tuple[Unit, ...]]) -> Sequence[float]:
         """The score of dropping several consecutive units together."""
 
-    def losses(self, gone: Sequence[frozenset[Unit]]) -> Losses:
-        """The losses of the model without each of these sets of units."""
+    def losses(self, gone: Sequence[frozenset[Unit]], *, rows: int | None = None) -> Losses:
+        """The losses of the model without each of these sets of units, on the first ``rows`` sequences or all."""
+
+    def milliseconds(self) -> Mapping[Unit, float]:
+        """The time that each unit takes in one forward over one sequence."""
 
     def note(self, text: str) -> None:
         """Say in a line what was decided."""
