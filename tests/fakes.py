@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +24,10 @@ class FakeLedger:
     outside: int = 0
 
     @property
+    def blocks(self) -> tuple[Unit, ...]:
+        return tuple(dict.fromkeys(unit.whole for unit in self.sizes))
+
+    @property
     def parameters(self) -> int:
         return sum(self.sizes.values())
 
@@ -42,7 +46,11 @@ class FakeLedger:
 
 
 class FakeOracle:
-    """Answers from a damage function; remembers every set, as the real one does, and every question."""
+    """Answers from a damage function; remembers every set, as the real one does, and every question.
+
+    ``asked`` lists the sets that losses were asked of, ``rows`` how many sequences each was asked on; ``scored`` the
+    sets that scores were asked without. ``scores`` may be a function of what is gone.
+    """
 
     def __init__(
         self,
@@ -50,31 +58,56 @@ class FakeOracle:
         ledger: FakeLedger,
         *,
         tokens: Sequence[float] = (8.0, 8.0),
-        scores: Mapping[Unit, float] | None = None,
+        scores: Mapping[Unit, float] | Callable[[frozenset[Unit]], Mapping[Unit, float]] | None = None,
+        milliseconds: Mapping[Unit, float] | None = None,
     ) -> None:
         self.ledger, self.damage, self.tokens = ledger, damage, np.array(tokens, dtype=np.float64)
-        self._scores = dict(scores or {})
+        self._scores, self._milliseconds = scores or {}, dict(milliseconds or {})
         self.asked: list[frozenset[Unit]] = []
+        self.rows: list[int] = []
+        self.scored: list[frozenset[Unit]] = []
         self.notes: list[str] = []
 
     @property
     def evaluations(self) -> int:
         return len(set(self.asked))
 
-    def scores(self) -> Mapping[Unit, float]:
-        return self._scores
+    @property
+    def sequences(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def work(self) -> int:
+        """How many sequences were run through thinned models: no set runs one twice."""
+        most: dict[frozenset[Unit], int] = {}
+        for units, rows in zip(self.asked, self.rows, strict=True):
+            most[units] = max(most.get(units, 0), rows)
+        return sum(most.values())
+
+    def scores(self, gone: frozenset[Unit] = frozenset()) -> Mapping[Unit, float]:
+        self.scored.append(gone)
+        values = self._scores(gone) if callable(self._scores) else self._scores
+        return {unit: value for unit, value in values.items() if unit not in gone}
 
     def windows(self, windows: Sequence[tuple[Unit, ...]]) -> Sequence[float]:
-        return [float(value) for value in self.losses([frozenset(window) for window in windows]).mean()]
+        """The rise of the loss without each window, as the real one answers under the metric ``loss``."""
+        measured = self.losses([frozenset(), *(frozenset(window) for window in windows)]).mean()
+        return [float(value) for value in measured[1:] - measured[0]]
 
-    def losses(self, gone: Sequence[frozenset[Unit]]) -> Losses:
+    def losses(self, gone: Sequence[frozenset[Unit]], *, rows: int | None = None) -> Losses:
+        rows = self.sequences if rows is None else rows
+        assert 1 <= rows <= self.sequences
         self.asked += gone
-        return Losses(np.stack([self.damage(units) * self.tokens for units in gone]), self.tokens)
+        self.rows += [rows] * len(gone)
+        return Losses(np.stack([(self.damage(units) * self.tokens)[:rows] for units in gone]), self.tokens[:rows])
+
+    def milliseconds(self) -> Mapping[Unit, float]:
+        return self._milliseconds
 
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def mean(self, units: Sequence[Unit]) -> float:
+    def mean(self, units: Iterable[Unit]) -> float:
         """The mean loss without these units, for naive comparisons: asks no question."""
         return float((self.damage(frozenset(units)) * self.tokens).sum() / self.tokens.sum())
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
+import numpy as np
 import pytest
 
 from depthprune.budget import Budget
 from depthprune.errors import BudgetError
 from depthprune.units import parse
-from fakes import FakeLedger, sublayers
+from fakes import FakeLedger, sizes, sublayers
 
 # Four blocks: attention 100 with a cache of 8 bytes, MLP 300 with none; 400 outside.
 LEDGER = FakeLedger(
@@ -67,8 +71,11 @@ def test_large_models(text: str, left: float) -> None:
         ("kv<=32", "drops nothing: the model has 32 already"),
         ("kv<=512b", "kv takes a share or bytes per token; write kv<=50% or kv<=512"),
         ("kv<=1k", "kv takes a share or bytes per token; write kv<=50% or kv<=512"),
-        ("latency<=0.75x", "budgets on latency and loss do not exist yet; write '25%'"),
-        ("loss<=+5%", "budgets on latency and loss do not exist yet; write '25%'"),
+        ("latency<=0.75x", "budgets on latency do not exist yet; write '25%'"),
+        ("loss<=5%", "write loss<=+5% (above the dense model's) or loss<=2.5 (the loss)"),
+        ("loss<=+0.1", "write loss<=+5% (above the dense model's) or loss<=2.5 (the loss)"),
+        ("loss<=-5%", "is no budget; write '25%'"),
+        ("loss>=2", "is no budget; write '25%'"),
         ("8", "has no measure; write '25%'"),
         ("0", "drops nothing and has no measure; write '25%'"),
         ("0.25", "has no measure; write '25%'"),
@@ -143,3 +150,71 @@ def test_more_than_there_is_is_refused_with_the_arithmetic(text: str, units: lis
     with pytest.raises(BudgetError) as caught:
         Budget.parse(text, LEDGER).candidates(LEDGER, parse(units))
     assert str(caught.value) == f"--drop {text!r} {arithmetic}"
+
+
+@pytest.mark.parametrize(
+    ("text", "amount", "relative", "limit"),
+    [
+        ("loss<=+5%", 0.05, True, 2.1),
+        (" LOSS <= + 12.5 % ", 0.125, True, 2.25),
+        ("loss<=+0%", 0, True, 2.0),
+        ("loss<=2.5", 2.5, False, 2.5),
+        ("loss<=1e-3", 0.001, False, 0.001),
+    ],
+)
+def test_budgets_on_the_loss(text: str, amount: float, relative: bool, limit: float) -> None:
+    budget = Budget.parse(text, LEDGER)
+    assert (budget.measure, budget.relative, budget.kind) == ("loss", relative, None)
+    assert budget.amount == pytest.approx(amount) and budget.limit(2.0) == pytest.approx(limit)
+    units = sublayers(4)
+    assert budget.candidates(LEDGER, units) == units
+    assert not budget.met(LEDGER, units)  # more might always go
+    assert budget.spent(LEDGER, frozenset(parse(["1.mlp", "2.self_attn"]))) == 400
+    assert budget.most(LEDGER, units) == 8
+    budget.insist(LEDGER, units[:1])
+    with pytest.raises(BudgetError, match="cannot be met"):
+        budget.insist(LEDGER, ())
+    with pytest.raises(BudgetError, match="no units that may be dropped"):
+        budget.candidates(LEDGER, ())
+
+
+def test_other_budgets_do_not_limit_the_loss() -> None:
+    assert Budget.parse("25%", LEDGER).limit(2.0) == math.inf
+
+
+def test_a_share_of_no_loss_is_refused() -> None:
+    with pytest.raises(BudgetError, match="which is 0 under this metric; write a number"):
+        Budget.parse("loss<=+5%", LEDGER).limit(0.0)
+    assert Budget.parse("loss<=0.1", LEDGER).limit(0.0) == 0.1
+
+
+def test_a_loss_that_cannot_be_had_is_refused_with_both_numbers() -> None:
+    error = Budget.parse("loss<=+5%", LEDGER).broken(2.0, parse(["1.mlp", "2"]), 2.34567)
+    assert str(error) == (
+        "--drop 'loss<=+5%' cannot be met: it allows a loss of 2.1000, the dense model has 2.0000, "
+        "and dropping 1.mlp, 2 leaves 2.3457"
+    )
+
+
+@pytest.mark.parametrize("text", ["25%", "60%", "3 units", "params<=70%", "kv<=40%"])
+def test_no_order_of_removals_takes_more_than_most(text: str) -> None:
+    units, draw = sublayers(5), np.random.default_rng(0)
+    ledger = sizes(units)
+    budget = Budget.parse(text, ledger)
+    able = budget.candidates(ledger, units)
+    most = budget.most(ledger, able)
+    counts = set()
+    for _ in range(300):
+        order = [able[index] for index in draw.permutation(len(able))]
+        counts.add(next(n for n in itertools.count() if budget.met(ledger, order[:n])))
+    smallest = sorted(able, key=lambda unit: budget.spent(ledger, frozenset((unit,))))
+    assert max(counts) <= most == next(n for n in itertools.count() if budget.met(ledger, smallest[:n]))
+
+
+def test_what_must_stay_is_part_of_the_arithmetic() -> None:
+    with pytest.raises(BudgetError) as caught:
+        Budget.parse("50%", LEDGER).insist(LEDGER, parse(["1.mlp"]), parse(["0.mlp", "2.mlp", "3.mlp", "3.self_attn"]))
+    assert str(caught.value) == (
+        "--drop '50%' asks for 800 parameters, but only 300 can go: 4 units must stay, as their score is infinite "
+        "(0.mlp, 2.mlp, 3.mlp, …)"
+    )

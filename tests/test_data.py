@@ -6,13 +6,14 @@ import hashlib
 import itertools
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from depthprune import data as data_module
-from depthprune.data import Data, calibrate, check_vocabulary, digest, from_texts, overlap, warn_overlap
+from depthprune import sources
+from depthprune.data import Data, Mixture, calibrate, check_vocabulary, digest, from_texts, overlap, warn_overlap
 from depthprune.errors import DataError, OptionError
 from depthprune.sources import Source
 from tiny_text import FIRST, make_tokenizer, random_documents, words
@@ -62,7 +63,7 @@ def test_shares_add_up_to_what_is_asked() -> None:
     for weights in itertools.product([1, 2, 3.7], repeat=3):
         for sequences in range(8, 20):
             parts = [Source(str(i), w / sum(weights)) for i, w in enumerate(weights)]
-            shares = data_module._shares(parts, sequences)
+            shares = sources.shares(parts, sequences)
             assert sum(shares) == sequences
             assert all(abs(share - part.weight * sequences) < 1 for share, part in zip(shares, parts, strict=True))
 
@@ -173,6 +174,62 @@ def test_data_that_is_no_data_is_refused() -> None:
         make_data([[1, 2, 3]], [[True, True]])
     with pytest.raises(DataError, match="must be int64 and mask bool"):
         Data(torch.ones(1, 3), torch.ones(1, 3, dtype=torch.bool), "x", "", 0, ())
+
+
+def make_task(path: Path, count: int = 10) -> str:
+    rows = ({"prompt": f"w{i} w{i}", "choices": ["w300", "w301 w302"], "answer": i % 2} for i in range(count))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"task:{path}"
+
+
+def test_text_and_tasks_are_the_parts_of_a_mixture(tmp_path: Path) -> None:
+    a, b = (jsonl(tmp_path / f"{name}.jsonl", random_documents(60, seed=n)) for n, name in enumerate("ab"))
+    one, two = make_task(tmp_path / "one.jsonl"), make_task(tmp_path / "two.jsonl", 20)
+    options = {"length": 8, "seed": 3}
+    mixed = calibrate(f"{one}=2,{a}=3,{two}:format=completion=4,{b}=1", make_tokenizer(), sequences=20, **options)
+    assert isinstance(mixed, Mixture)
+    text, first, second = mixed.parts
+    assert mixed.weights == (pytest.approx(0.4), pytest.approx(0.2), pytest.approx(0.4))
+    assert text.digest == calibrate(f"{a}=3,{b}=1", make_tokenizer(), sequences=8, **options).digest
+    assert text.name == "a.jsonl=0.75,b.jsonl=0.25" and text.scored is None
+    assert first.digest == calibrate(one, make_tokenizer(), sequences=4, **options).digest
+    assert second.digest == calibrate(two, make_tokenizer(), sequences=8, **options).digest
+    assert mixed.name == "task:one.jsonl=0.2,a.jsonl=0.3,task:two.jsonl=0.4,b.jsonl=0.1"
+    assert (mixed.sequences, mixed.length, mixed.seed) == (8 + 2 * 4 + 2 * 8, 8, 3)
+    assert mixed.tokens_total == sum(part.tokens_total for part in mixed.parts)
+    assert mixed.predicted == 8 * 7 + 4 * 3 + 8 * 3
+    described = mixed.describe()
+    assert json.loads(json.dumps(described)) == described
+    assert [*described] == [*text.describe(), "parts"]
+    parts = described["parts"]
+    assert parts == [{**part.describe(), "weight": w} for part, w in zip(mixed.parts, mixed.weights, strict=True)]
+    weights = [source["weight"] for source in described["sources"]]  # type: ignore[attr-defined]
+    assert weights == [pytest.approx(w) for w in (0.3, 0.1, 0.2, 0.4)]
+
+
+def test_what_a_mixture_is_made_of_is_in_its_digest(tmp_path: Path) -> None:
+    a, one = jsonl(tmp_path / "a.jsonl", random_documents(60, seed=1)), make_task(tmp_path / "one.jsonl")
+    made = calibrate(f"{a},{one}", make_tokenizer(), sequences=8, length=8)
+    assert isinstance(made, Mixture)
+    right = made.right_only()
+    assert [part.sequences for part in right.parts] == [4, 4] and right.parts[0] is made.parts[0]
+    others = [replace(made, weights=(0.25, 0.75)), replace(made, parts=made.parts[::-1]), right]
+    assert len({made.digest, *(other.digest for other in others)}) == 4
+    for weights in ((0.5,), (0.5, 0.6), (0.0, 1.0)):
+        with pytest.raises(AssertionError):
+            replace(made, weights=weights)
+
+
+def test_a_mixture_is_checked_and_compared_like_its_parts(tmp_path: Path) -> None:
+    a, one = jsonl(tmp_path / "a.jsonl", random_documents(60, seed=1)), make_task(tmp_path / "one.jsonl")
+    made = calibrate(f"{a},{one}", make_tokenizer(), sequences=8, length=32)
+    assert isinstance(made, Mixture)
+    text, task = made.parts
+    assert overlap(made, text) == overlap(text, made) == 1.0 and overlap(made, task, n=4) == 1.0
+    assert overlap(text, task, n=4) == 0.0 and warn_overlap(made, text) is not None
+    check_vocabulary(made, FIRST + 400)
+    with pytest.raises(DataError, match=f"id {FIRST + 302} but"):
+        check_vocabulary(replace(made, parts=(task, text)), FIRST + 302)
 
 
 def test_options_are_checked(tmp_path: Path) -> None:

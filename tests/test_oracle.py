@@ -89,7 +89,7 @@ def test_scores_are_measured_once_for_its_units(model: Model, measured: list[lis
         assert scores[unit] == pytest.approx(rise, abs=1e-6)
         assert oracle.scored().errors[unit] == pytest.approx(error, abs=1e-6)
     assert oracle.scored().dense == pytest.approx(float(found.mean()[0]), abs=1e-6)
-    assert oracle.leave_one_out().values == scores and len(measured) == 1
+    assert oracle.asking("loss").scores() == scores and len(measured) == 1
 
 
 def test_without_units_it_scores_all_there_are(model: Model) -> None:

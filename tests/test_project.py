@@ -27,8 +27,8 @@ LEVELS = {
         (
             "errors files registry units scores budget plan select recipes",
             "layout discover families record model surgery shrink skip data tasks rows sources hub dist demo",
-            "walk variants oracle metrics recover export evaluate bench",
-            "run charts report compare planning pruning console options tables cli __init__ __main__",
+            "walk measures timing variants oracle mixed metrics recover export evaluate bench",
+            "run charts report compare planning pruning console options tables jobs cli __init__ __main__",
         )
     )
     for name in names.split()

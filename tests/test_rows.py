@@ -140,13 +140,13 @@ def test_a_long_text_is_sampled_everywhere_and_not_tokenized_whole(monkeypatch: 
     text = words(stream)
     rows: dict[tuple[int, ...], int] = {tuple(stream[i : i + 7]): i for i in range(count - 6)}
     tokenized: list[str] = []
-    plain = rows_module._tokenize
+    plain = rows_module.tokenize
 
     def counted(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> object:
         tokenized.append("|".join(texts))
         return plain(tokenizer, texts)
 
-    monkeypatch.setattr(rows_module, "_tokenize", counted)
+    monkeypatch.setattr(rows_module, "tokenize", counted)
     places: Counter[int] = Counter()
     for seed in range(20):
         data = from_texts([text], make_tokenizer(), sequences=5, length=8, seed=seed)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
 from depthprune.budget import Budget
-from depthprune.errors import BudgetError
-from depthprune.select.rank import Selection, Step, contiguous, lowest
+from depthprune.errors import BudgetError, OptionError
+from depthprune.select.rank import Selection, Step, contiguous, iterative, joint, lowest
 from depthprune.select.search import greedy
 from depthprune.units import Unit, parse
 from fakes import FakeLedger, FakeOracle, anything, sizes, sublayers, whole
@@ -46,7 +46,8 @@ def test_lowest_drops_the_lowest_scores_until_the_budget_is_met(text: str, units
     assert set(selection.units) == set(best)
     assert [step.score for step in selection.steps] == sorted(scores[unit] for unit in best)
     assert_minimal(selection, oracle, budget)
-    assert selection.nested and selection.evaluations == 0 and oracle.asked == []
+    assert selection.nested and selection.evaluations == selection.expected == 0 and oracle.asked == []
+    assert oracle.notes == ["lowest: 0 evaluations besides those of the scores"]
 
 
 def test_lowest_breaks_ties_in_the_order_of_execution() -> None:
@@ -91,10 +92,12 @@ def test_contiguous_drops_the_best_run(text: str, units: tuple[Unit, ...], seed:
     best = min(runs, key=oracle.mean)
     selection = contiguous(oracle, able, budget)
     assert selection.units == best
-    assert all(step.score == pytest.approx(oracle.mean(best), abs=1e-12) for step in selection.steps)
+    rise = oracle.mean(best) - oracle.mean([])
+    assert all(step.score == pytest.approx(rise, abs=1e-12) for step in selection.steps)
     assert_minimal(selection, oracle, budget)
-    assert not selection.nested and selection.evaluations == len(runs)
-    assert set(oracle.asked) == {frozenset(run) for run in runs}
+    assert not selection.nested and selection.evaluations == selection.expected == len(runs) + 1
+    assert set(oracle.asked) == {frozenset(), *(frozenset(run) for run in runs)}
+    assert oracle.notes == [f"contiguous: {len(runs)} windows, at most {len(runs) + 1} evaluations"]
 
 
 def test_contiguous_goes_around_protected_blocks() -> None:
@@ -143,3 +146,107 @@ def test_the_last_of_the_vital_units_stays() -> None:
     free = FakeLedger(dict.fromkeys(units, 10))  # the twin: nothing vital, so all attentions may go
     chosen = lowest(FakeOracle(oracle.damage, free, scores=cheap), units, Budget.parse("50%", free)).units
     assert sum(unit.sublayer == "self_attn" for unit in chosen) == 3
+
+
+def test_an_infinite_score_is_never_dropped() -> None:
+    oracle = scored(PARTS, 0)
+    must = PARTS[2:5]
+    values = {unit: math.inf if unit in must else value for unit, value in oracle.scores().items()}
+    for select in (lowest, joint, iterative):
+        strict = FakeOracle(oracle.damage, oracle.ledger, scores=values)
+        chosen = select(strict, PARTS, Budget.parse("7 units", oracle.ledger)).units
+        assert set(chosen) == set(PARTS) - set(must)
+        with pytest.raises(BudgetError) as caught:
+            select(strict, PARTS, Budget.parse("8 units", oracle.ledger))
+        assert str(caught.value).startswith("--drop '8 units' asks for 8 units, but only 7 can go: 3 units must stay")
+        # The twin: with the scores as they were, one of them goes.
+        assert set(select(oracle, PARTS, Budget.parse("8 units", oracle.ledger)).units) & set(must)
+
+
+class SumOfScores(FakeOracle):
+    """Windows by the sum of their scores, as under any metric that is no loss."""
+
+    def windows(self, windows: Sequence[tuple[Unit, ...]]) -> Sequence[float]:
+        scores = self.scores()
+        return [sum(scores[unit] for unit in window) for window in windows]
+
+
+def test_a_run_that_holds_an_infinite_score_is_never_dropped() -> None:
+    for must in BLOCKS[1:6]:
+        values = {unit: math.inf if unit == must else 1.0 for unit in BLOCKS}
+        oracle = SumOfScores(anything(0), sizes(BLOCKS), scores=values)
+        for text in ("3 blocks", "loss<=9"):  # this loss allows everything
+            chosen = contiguous(oracle, BLOCKS, Budget.parse(text, oracle.ledger)).units
+            assert must not in chosen and len(chosen) == (3 if text == "3 blocks" else max(must.block, 6 - must.block))
+    strict = SumOfScores(anything(0), sizes(BLOCKS), scores=dict.fromkeys(BLOCKS, math.inf))
+    with pytest.raises(BudgetError, match="each of the 6 runs that are long enough holds a unit that must stay"):
+        contiguous(strict, BLOCKS, Budget.parse("2 blocks", strict.ledger))
+
+
+def test_joint_ranks_attention_and_mlp_together() -> None:
+    for seed in range(5):
+        oracle = scored(PARTS, seed)
+        budget = Budget.parse("45%", oracle.ledger)
+        expected = sorted(PARTS, key=lambda unit: oracle.scores()[unit])
+        chosen = joint(oracle, PARTS, budget)
+        assert list(chosen.units) == expected[: len(chosen.units)] and chosen.evaluations == chosen.expected == 0
+        assert_minimal(chosen, oracle, budget)
+
+
+def test_joint_refuses_whole_blocks() -> None:
+    oracle = scored(BLOCKS, 0)
+    with pytest.raises(OptionError, match="0 is a whole block; use --unit any, or --select lowest"):
+        joint(oracle, BLOCKS, Budget.parse("2 blocks", oracle.ledger))
+    with pytest.raises(OptionError, match="2 is a whole block"):
+        joint(oracle, [*PARTS[:4], BLOCKS[2]], Budget.parse("2 units", oracle.ledger))
+
+
+@pytest.mark.parametrize("text", BUDGETS)
+@pytest.mark.parametrize("seed", range(3))
+def test_iterative_scores_again_after_each_removal(text: str, seed: int) -> None:
+    damage = anything(seed)
+
+    def values(gone: frozenset[Unit]) -> dict[Unit, float]:
+        return {unit: float(damage(gone | {unit})[0]) for unit in PARTS}
+
+    oracle = FakeOracle(damage, sizes(PARTS, seed), scores=values)
+    budget = Budget.parse(text, oracle.ledger)
+    able = budget.candidates(oracle.ledger, PARTS)
+    expected: list[Unit] = []
+    while not budget.met(oracle.ledger, expected):
+        left = [unit for unit in able if unit not in expected]
+        expected.append(min(left, key=lambda unit: values(frozenset(expected))[unit]))
+    selection = iterative(oracle, able, budget)
+    assert selection.units == tuple(expected) and selection.nested
+    assert oracle.scored == [frozenset(expected[:count]) for count in range(len(expected))]
+    assert selection.evaluations == selection.expected == 0
+    most = budget.most(oracle.ledger, able)
+    assert oracle.notes == [f"iterative: scores at most {most} times, 0 evaluations besides those of the scores"]
+    assert len(oracle.scored) <= most
+    if text == "55%":  # the twin: scoring once chooses others
+        assert selection.units != lowest(oracle, able, budget).units
+
+
+def test_the_last_run_leaves_out_the_final_block_and_needs_no_score() -> None:
+    oracle = scored(BLOCKS, 0)
+    selection = contiguous(oracle, BLOCKS, Budget.parse("3 blocks", oracle.ledger), rule="last")
+    assert selection.units == parse(["3", "4", "5"])
+    assert oracle.asked == [] and oracle.scored == [] and selection.evaluations == selection.expected == 0
+    assert not selection.nested and selection.steps[0].to_json() == {"unit": "3"}
+    assert contiguous(oracle, BLOCKS[:5], Budget.parse("3 blocks", oracle.ledger), rule="last").units == BLOCKS[2:5]
+    around = [unit for unit in BLOCKS if unit.block != 4]  # 5 is alone between a protected block and the final one
+    assert contiguous(oracle, around, Budget.parse("2 blocks", oracle.ledger), rule="last").units == BLOCKS[2:4]
+    with pytest.raises(BudgetError, match="no run of consecutive units"):
+        contiguous(oracle, BLOCKS, Budget.parse("7 blocks", oracle.ledger), rule="last")
+    parts = scored(PARTS, 0)
+    assert contiguous(parts, PARTS, Budget.parse("3 units", parts.ledger), rule="last").units == PARTS[5:8]
+
+
+@pytest.mark.parametrize("selector", [lowest, joint, iterative])
+def test_a_wrong_price_is_refused(selector: Callable[..., Selection]) -> None:
+    oracle = scored(PARTS, 0)
+    with pytest.raises(OptionError) as caught:
+        selector(oracle, PARTS, Budget.parse("2 units", oracle.ledger), per="joule")
+    assert str(caught.value) == f"{selector.__name__}:per is one of none, parameters, kv, time, not 'joule'"
+    with pytest.raises(OptionError, match="contiguous:rule is one of distance, last, not 'first'"):
+        contiguous(oracle, PARTS, Budget.parse("2 units", oracle.ledger), rule="first")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from depthprune.budget import Budget
-from depthprune.errors import OptionError
+from depthprune.errors import BudgetError, OptionError
 from depthprune.scores import Array
 from depthprune.select.rank import Selection
 from depthprune.select.search import greedy
@@ -135,8 +135,8 @@ def test_refresh_must_refresh_something(refresh: int) -> None:
         run(anything(0), refresh=refresh)
 
 
-def test_an_infinite_loss_goes_last() -> None:
-    """A model may overflow without one of its units."""
+def test_a_unit_whose_loss_is_infinite_stays() -> None:
+    """A model may overflow without one of its units: that unit stays."""
     usual = growing(PARTS, 0)
 
     def damage(gone: frozenset[Unit]) -> Array:
@@ -144,15 +144,17 @@ def test_an_infinite_loss_goes_last() -> None:
 
     for exact in (False, True):
         oracle = FakeOracle(damage, sizes(PARTS))
-        chosen = greedy(oracle, PARTS, Budget.parse("12 units", oracle.ledger), exact=exact)
-        assert chosen.units[-1] == PARTS[0] and chosen.steps[-1].ties == ()
-        assert "se" not in chosen.steps[-1].to_json()
+        chosen = greedy(oracle, PARTS, Budget.parse("11 units", oracle.ledger), exact=exact)
+        assert set(chosen.units) == set(PARTS[1:])
+        with pytest.raises(BudgetError) as caught:
+            greedy(oracle, PARTS, Budget.parse("12 units", oracle.ledger), exact=exact)
+        assert "asks for 12 units, but only 11 can go: 1 units must stay" in str(caught.value)
 
 
 def test_each_step_is_told() -> None:
     selection, oracle, _ = run(growing(PARTS, 1), "3 units")
     dense = oracle.mean([])
-    assert oracle.notes == [
+    assert oracle.notes == ["greedy: 12 variants first, at most 34 in all"] + [
         f"{count}. {step.unit}: loss {step.loss:.4f} (dense {dense:.4f})"
         for count, step in enumerate(selection.steps, start=1)
     ]

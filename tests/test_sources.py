@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from depthprune import hub, sources
 from depthprune.errors import DataError
-from depthprune.sources import Source, documents, parse, split
+from depthprune.sources import Source, documents, joined_name, parse, records, shares, split, task
 
 
 def read(path: str | Path, **options: object) -> list[str]:
@@ -266,6 +266,34 @@ def test_what_exists_is_not_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_bad_mixtures(source: str | list[str], fault: str) -> None:
     with pytest.raises(DataError, match=fault) as error:
         parse(source)
+    one_line(error)
+
+
+def test_tasks_in_a_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse("task:a.jsonl") == (Source("task:a.jsonl", 1.0),)
+    assert parse("task:a.jsonl:shots=5") == (Source("task:a.jsonl:shots=5", 1.0),)
+    assert parse("task:d/a.jsonl:shots=5=3,b.txt=1") == (
+        Source("task:d/a.jsonl:shots=5", 0.75),
+        Source("b.txt", 0.25),
+    )
+    assert parse("task:a.jsonl=3,task:a.jsonl:shots=0=1")[0] == Source("task:a.jsonl", 0.75)
+    assert task("task:d/a.jsonl:shots=5:dev=d/dev.jsonl") == ("d/a.jsonl", {"shots": "5", "dev": "d/dev.jsonl"})
+    odd = Path("a=1:x=2.jsonl")
+    assert task(f"task:{odd}") == ("a=1", {"x": "2.jsonl"})
+    odd.write_text("x")
+    assert task(f"task:{odd}:shots=1") == (str(odd), {"shots": "1"})
+    named = parse("task:d/a.jsonl:dev=d/dev.jsonl=3,d/b.txt=1")
+    assert joined_name(named) == "task:a.jsonl=0.75,b.txt=0.25" and joined_name(named[:1]) == "task:a.jsonl"
+    assert [source.is_task for source in named] == [True, False]
+    assert shares(named, 9) == [7, 2]
+
+
+def test_a_task_is_no_text_and_a_record_is_told_by_its_line(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", {"prompt": "a"}, {"prompt": 3})
+    assert list(records(str(path))) == [(f"{path}, line 1", {"prompt": "a"}), (f"{path}, line 2", {"prompt": 3})]
+    with pytest.raises(DataError, match="is a task, and text is needed here") as error:
+        read(f"task:{path}")
     one_line(error)
 
 

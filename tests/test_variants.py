@@ -95,7 +95,7 @@ def test_the_head_runs_in_chunks(subject: Callable[..., Model], monkeypatch: pyt
     monkeypatch.setattr(engine, "LOGITS", {"cpu": 1})
     widths.clear()
     np.testing.assert_allclose(losses(model, data, chosen).nll, whole.nll, rtol=1e-6)
-    assert widths == [64, 12] * 2
+    assert widths == [64, 64, 12, 12]
 
 
 def test_units_and_text_that_do_not_fit_are_refused(subject: Callable[..., Model]) -> None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from depthprune import __version__, options, registry, tables
-from depthprune.console import Console, die, interruptible, no_memory, resumable
+from depthprune import (
+    __version__,
+    jobs,  # noqa: F401 (its commands)
+    options,
+    recipes,
+    registry,
+    tables,
+)
+from depthprune.console import Console, die, interruptible, no_memory
 from depthprune.errors import BudgetError, DepthpruneError, OptionError, unknown
 from depthprune.files import place, write_json, write_text
 from depthprune.options import (
@@ -27,17 +33,8 @@ from depthprune.options import (
     option,
 )
 
-app = typer.Typer(
-    name="depthprune",
-    help="Make language models shallower: find the layers one can do without, drop them, prove that the result loads.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-)
 
-
-@options.command(app)
+@options.command(options.app)
 def inspect(console: Console, model: ModelArgument, loading: Loading, common: Common) -> None:
     """Show what can be dropped, how large it is, and why something cannot be."""
     made = options.load(model, common, loading)
@@ -48,7 +45,7 @@ def inspect(console: Console, model: ModelArgument, loading: Loading, common: Co
     console.result({**head, "kv_bytes_per_token": made.layout.kv_bytes_per_token, "blocks": blocks}, shown)
 
 
-@options.command(app)
+@options.command(options.app)
 def score(
     console: Console,
     model: ModelArgument,
@@ -66,20 +63,21 @@ def score(
         registry.find("metrics", name)
     place(out)
     made = options.load(model, common, loading)
-    from depthprune.oracle import ModelOracle
+    from depthprune.mixed import oracle
     from depthprune.planning import candidates
-    from depthprune.pruning import scored, scores_json
+    from depthprune.pruning import scores_json
 
     text = options.text(data, made, calibration, common)
     units, memory = candidates(made.layout, unit, "none"), options.size(calibration.memory)
-    every = scored(ModelOracle(made, text, units=units, memory=memory, show=console.show), chosen)
+    asked = oracle(made, text, units=units, memory=memory, show=console.show, say=console.say)
+    every = {name: asked.asking(name).scored() for name in chosen}
     value = scores_json(made, every, units)
     write_json(out, value)
     title = f"{len(units)} units, lowest {chosen[0]} first; written to {out}"
     console.result(value, tables.scored(every, made.layout, title))
 
 
-@options.command(app)
+@options.command(options.app)
 def plan(
     console: Console,
     model: ModelArgument,
@@ -92,20 +90,23 @@ def plan(
     common: Common,
 ) -> None:
     """Choose what to drop for a budget, and write the plan: a small JSON file to read, edit and replay."""
+    choice, calibration, common = options.settled(choice, calibration, common)
     options.check(choice, drop)
     place(out)
     made = options.load(model, common, loading)
     from depthprune import planning
 
-    planning.settle(drop, choice.unit, made.layout)
+    unit = choice.unit or "any"
+    planning.settle(drop, unit, made.layout)
     chosen = planning.select(
         made,
         drop,
-        data=options.text(data, made, calibration, common),
-        unit=choice.unit,
-        metric=choice.metric,
+        data=options.text(data, made, options.clipped(calibration, choice, made), common),
+        unit=unit,
+        metric=choice.metric or "loss",
         select=choice.select,
         protect=choice.protect,
+        recipe=choice.recipe,
         memory=options.size(calibration.memory),
         show=console.show,
         say=console.say,
@@ -115,7 +116,7 @@ def plan(
     console.result({"plan": str(out), "drop": [str(u) for u in chosen.drop], "frees": dict(chosen.frees)}, freed)
 
 
-@options.command(app)
+@options.command(options.app)
 def drop(
     console: Console,
     model: ModelArgument,
@@ -144,7 +145,7 @@ def drop(
     _judge(console, proofs, f"{asked.describe()} dropped; written to {out}")
 
 
-@options.command(app)
+@options.command(options.app)
 def check(
     console: Console,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder with a model.")],
@@ -168,7 +169,7 @@ def _judge(console: Console, proofs: Any, title: str) -> None:
         raise typer.Exit(1)
 
 
-@options.command(app, "eval")
+@options.command(options.app, "eval")
 def evaluate(
     console: Console,
     models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Models; the first is the reference.")],
@@ -194,7 +195,7 @@ def evaluate(
     console.result(value, tables.evaluated(value))
 
 
-@options.command(app)
+@options.command(options.app)
 def bench(
     console: Console,
     models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Models to time; the first is the reference.")],
@@ -216,7 +217,7 @@ def bench(
     console.result(value, tables.timed(value))
 
 
-@options.command(app)
+@options.command(options.app)
 def export(
     console: Console,
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder with a pruned model.")],
@@ -236,7 +237,7 @@ def export(
     console.result({"path": str(out)}, f"written to {out}")
 
 
-@options.command(app)
+@options.command(options.app)
 def report(
     console: Console,
     run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder.")],
@@ -252,85 +253,20 @@ def report(
         typer.launch(page.resolve().as_uri())
 
 
-@options.command(app)
-def prune(
-    console: Console,
-    choice: Choice,
-    calibration: Calibration,
-    loading: Loading,
-    common: Common,
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=options.MODEL_HELP)] = None,
-    drop: DropOption = "25%",
-    data: Annotated[str | None, option("--data", options.DATA_HELP)] = None,
-    out: Annotated[Path | None, option("--out", "The run folder.")] = None,
-    demo: Annotated[bool, option("--demo", "Use the small model and the texts that come with depthprune.")] = False,
-    recover: Annotated[str, option("--recover", "How to win back what was lost: `none` in this release.")] = "none",
-    text: Annotated[
-        str | None, option("--text", "Text to evaluate on; default: rows of the calibration text that were not used.")
-    ] = None,
-    window: Annotated[int | None, option("--window", "Tokens of a window; default: the length.", least=2)] = None,
-    stride: Annotated[int | None, option("--stride", "How far it moves; default: the window.", least=1)] = None,
-    windows: Annotated[int, option("--windows", "Evaluate on the first windows of --text.", least=1)] = 256,
-    form: FormOption = "hf",
-    run_bench: Annotated[bool, typer.Option("--bench/--no-bench", help="Measure speed.")] = True,
-    resume: Annotated[bool, option("--resume", "Finish a run that was stopped.")] = False,
-    overwrite: Annotated[bool, option("--overwrite", "Replace a run in the folder.")] = False,
-) -> None:
-    """The main job: plan, drop, prove, evaluate, time and report, in one run folder.
-
-    Ctrl-C at any moment leaves a run that `--resume` finishes.
-    """
-    if demo:
-        from depthprune import demo as embedded
-
-        model, data = model or str(embedded.unpack()), data or str(embedded.CALIBRATION)
-        text, out = text or str(embedded.TEST), out or Path("runs/demo")
-        calibration = replace(calibration, sequences=min(calibration.sequences, 24))
-    if model is None:
-        raise OptionError(options.NO_MODEL)
-    if data is None or out is None:
-        raise OptionError(
-            f"prune needs {'--data TEXT to choose by' if data is None else '--out RUN, a folder to write to'}"
-        )
-    if recover != "none":
-        raise OptionError(f"--recover {recover!r} does not exist yet. Available: none")
-    with resumable(out, console):
-        options.check(choice, drop)
-        registry.find("forms", form)
-        from depthprune import pruning
-
-        settings = pruning.Settings(
-            model=model,
-            drop=drop,
-            data=data,
-            text=text,
-            window=window,
-            stride=stride,
-            windows=windows,
-            form=form,
-            recover=recover,
-            bench=run_bench,
-            seed=common.seed,
-            device=common.device,
-            dtype=common.dtype,
-            **vars(choice),
-            **vars(loading),
-            **(vars(calibration) | {"memory": options.size(calibration.memory)}),
-        )
-        passed = pruning.prune(settings, out, console, resume=resume, overwrite=overwrite)
-    if not passed:
-        raise typer.Exit(1)
-
-
-@options.command(app, "list")
+@options.command(options.app, "list")
 def list_(
     console: Console,
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="metrics, selectors, recoverers or forms.")],
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="metrics, selectors, recipes, recoverers or forms.")],
     common: Common,
 ) -> None:
     """List what can be asked for by name."""
+    if what == "recipes":
+        names = recipes.names()
+        lines = [f"{name:28}{recipes.load(name).title}" for name in names]
+        console.result(list(names), "\n".join(lines))
+        return
     if what not in registry.TABLES:
-        raise unknown("list", what, registry.TABLES)
+        raise unknown("list", what, (*registry.TABLES, "recipes"))
     names = registry.names(what)
     console.result(list(names), "\n".join(names) or f"no {what} in this release")
 
@@ -341,7 +277,7 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@options.app.callback()
 def _main(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
@@ -361,7 +297,7 @@ def main() -> None:
     code: Any = 1
     try:
         with interruptible():
-            code = app(standalone_mode=False)
+            code = options.app(standalone_mode=False)
             if code == INTERRUPTED:
                 raise KeyboardInterrupt
     except (OptionError, BudgetError) as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console as Screen
+from rich.console import Group
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -65,13 +66,13 @@ class Console:
         self.note(f"warning: {text}")
         self._err.print(f"warning: {text}", markup=False, style="yellow")
 
-    def result(self, value: Any, text: str | Table | None = None) -> None:
-        """The outcome of a command: as text or a table, or as JSON when asked for."""
+    def result(self, value: Any, text: str | Table | Group | None = None) -> None:
+        """The outcome of a command: as text or tables, or as JSON when asked for."""
         if isinstance(text, str):
             self.note(text)
         if self.as_json:
             print(to_json(value))
-        elif isinstance(text, Table):
+        elif isinstance(text, (Table, Group)):
             self._out.print(text)
         elif text is not None:
             self._out.print(text, markup=False)
@@ -162,7 +163,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = ""
     """A plain table, numbers to the right."""
     made = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        made.add_column(column, justify="left" if index == 0 else "right", overflow="fold", no_wrap=index == 0)
     for row in rows:
         made.add_row(*row)
     return made

@@ -7,17 +7,18 @@ Padding is never counted, scored or hashed into an overlap: the mask says what i
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from depthprune import sources
+from depthprune import sources, tasks
 from depthprune.errors import DataError, OptionError
 from depthprune.rows import Rows, Wanted, draw, shuffled, wanted_rows
 
@@ -121,8 +122,15 @@ class Data:
         tokens, mask = self.tokens[chosen], self.mask[chosen]
         scored = None if self.scored is None else self.scored[chosen]
         choices = None if self.choices is None else self.choices[chosen]
-        named = digest(tokens, mask, scored)
+        named = digest(tokens, mask, scored, choices)
         return replace(self, tokens=tokens, mask=mask, digest=named, scored=scored, choices=choices)
+
+    def right_only(self) -> Data:
+        """The rows that end in the right answer, with nothing to choose from; itself where there are no choices."""
+        if self.choices is None:
+            return self
+        kept = self.rows(self.choices.right)
+        return replace(kept, choices=None, digest=digest(kept.tokens, kept.mask, kept.scored))
 
     def describe(self) -> dict[str, object]:
         """What a plan or a report records of this data, ready for JSON."""
@@ -137,6 +145,72 @@ class Data:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """Several skills to keep at once: a text, or a task, each with its weight in the objective.
+
+    ``parts`` has the text first, if there is any, then the tasks; ``weights`` are positive and sum to 1.
+    """
+
+    parts: tuple[Data, ...]
+    weights: tuple[float, ...]
+    name: str
+
+    def __post_init__(self) -> None:
+        assert self.parts and len(self.parts) == len(self.weights), "a weight for each part"
+        assert all(weight > 0 for weight in self.weights) and abs(math.fsum(self.weights) - 1) < 1e-9, self.weights
+
+    @property
+    def sequences(self) -> int:
+        """The number of rows of all parts."""
+        return sum(part.sequences for part in self.parts)
+
+    @property
+    def length(self) -> int:
+        """The tokens of a row of the part with the longest, padding included."""
+        return max(part.length for part in self.parts)
+
+    @property
+    def tokens_total(self) -> int:
+        """The number of real tokens of all parts."""
+        return sum(part.tokens_total for part in self.parts)
+
+    @property
+    def predicted(self) -> int:
+        """The number of next-token predictions that count, of all parts."""
+        return sum(part.predicted for part in self.parts)
+
+    @property
+    def seed(self) -> int:
+        """The seed under which the parts were drawn."""
+        return self.parts[0].seed
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 over the digests and the weights of the parts: ``"sha256:…"``."""
+        lines = (f"{part.digest} {weight!r}\n" for part, weight in zip(self.parts, self.weights, strict=True))
+        return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
+
+    def right_only(self) -> Mixture:
+        """The same mixture of the rows that end in the right answer."""
+        return replace(self, parts=tuple(part.right_only() for part in self.parts))
+
+    def describe(self) -> dict[str, object]:
+        """What a plan or a report records of this data, ready for JSON; ``parts`` describes each, with its weight."""
+        each = list(zip(self.parts, self.weights, strict=True))
+        places = [{**s, "weight": w * cast(float, s["weight"])} for part, w in each for s in part.sources]
+        return {
+            "name": self.name,
+            "tokens": self.tokens_total,
+            "sequences": self.sequences,
+            "length": self.length,
+            "digest": self.digest,
+            "seed": self.seed,
+            "sources": places,
+            "parts": [{**part.describe(), "weight": weight} for part, weight in each],
+        }
+
+
 def calibrate(
     source: str | Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
@@ -147,12 +221,12 @@ def calibrate(
     pack: bool = True,
     field: str = "text",
     shuffle: bool = True,
-) -> Data:
-    """Read text and turn it into rows of tokens.
+) -> Data | Mixture:
+    """Read text, or questions with their answers, and turn them into rows of tokens.
 
     ``source`` is a text, JSON-lines or Parquet file (``.txt.gz`` and ``.txt.xz`` too), a folder of them, a Hub data set
-    ``hub:NAME:CONFIG:SPLIT[:COLUMN]``, or a mixture ``a.txt=0.7,b.jsonl=0.3``, where a weight is a share of the rows.
-    ``field`` is the column of JSON and Parquet; ``"prompt+response"`` joins two.
+    ``hub:NAME:CONFIG:SPLIT[:COLUMN]``, a task ``task:FILE``, or a mixture ``a.txt=0.7,b.jsonl=0.3``, where a weight is
+    a share of the rows. ``field`` is the column of JSON and Parquet; ``"prompt+response"`` joins two.
 
     With ``pack`` the documents are joined, eos between them, and cut in rows of ``length``; the remainder is dropped.
     Without it a row is one document, truncated or padded on the right; documents under 2 tokens are skipped. Every row
@@ -163,18 +237,38 @@ def calibrate(
     pieces of 64 thousand characters or more, sampled evenly under the seed. Hub data sets are not read to their end:
     they are streamed in ``datasets``' shuffled order until there is as much text.
 
-    Warns where there are fewer rows than asked for. Raises ``DataError`` for text that is missing, malformed or too
-    short, and ``OptionError`` for ``sequences`` below 1 or a ``length`` below 2.
+    A task is a file of JSON lines (``tasks`` lists the formats; ``task:FILE:format=letters:shots=5:dev=FILE`` sets its
+    options). ``sequences`` counts its questions, drawn as rows of text are; every answer is a row, prompt in front,
+    padded on the right to the longest row, and only the answer's tokens are scored. A mixture with a task in it is a
+    ``Mixture``: all its text is one part, each task another, and the weights also weigh the parts' losses.
+
+    Warns where there are fewer rows than asked for, and where questions are too long. Raises ``DataError`` for text
+    that is missing, malformed or too short, and ``OptionError`` for ``sequences`` below 1 or a ``length`` below 2.
     """
     wanted = wanted_rows(tokenizer, sequences, length, seed, pack, shuffle)
     parts = sources.parse(source)
-    shares = _shares(parts, sequences)
-    drawn = []
-    for index, (part, share) in enumerate(zip(parts, shares, strict=True)):
-        read = partial(sources.documents, part.path, field=field, seed=seed if shuffle else None)
-        drawn.append(draw(read, replace(wanted, sequences=share), part, index))
-    names = [part.name if len(parts) == 1 else f"{part.name}={part.weight:.4g}" for part in parts]
-    return _assemble(drawn, parts, ",".join(names), wanted)
+    shares = sources.shares(parts, sequences)
+    drawn: list[Rows] = []
+    asked: list[Data] = []
+    for part, share in zip(parts, shares, strict=True):
+        fewer = replace(wanted, sequences=share)
+        if part.is_task:
+            asked.append(_task(tasks.draw(part, fewer), part, seed))
+        else:
+            read = partial(sources.documents, part.path, field=field, seed=seed if shuffle else None)
+            drawn.append(draw(read, fewer, part, len(drawn)))
+    texts = [part for part in parts if not part.is_task]
+    if not asked:
+        return _assemble(drawn, texts, sources.joined_name(texts), wanted)
+    if len(parts) == 1:
+        return asked[0]
+    weights = [part.weight for part in parts if part.is_task]
+    if texts:
+        total = math.fsum(part.weight for part in texts)
+        weights.insert(0, total)
+        texts = [replace(part, weight=part.weight / total) for part in texts]
+        asked.insert(0, _assemble(drawn, texts, sources.joined_name(texts), wanted))
+    return Mixture(tuple(asked), tuple(weights), sources.joined_name(parts))
 
 
 def from_texts(
@@ -200,17 +294,26 @@ def from_texts(
     return _assemble([rows], (part,), name, wanted)
 
 
-def digest(tokens: Tensor, mask: Tensor, scored: Tensor | None = None) -> str:
-    """The SHA-256 over the shape, the tokens (int64, little-endian) and the masks (one byte each): ``"sha256:…"``."""
+def digest(tokens: Tensor, mask: Tensor, scored: Tensor | None = None, choices: Choices | None = None) -> str:
+    """The SHA-256 over the shape, the tokens, the masks and the choices: ``"sha256:…"``.
+
+    Numbers are int64, little-endian, and marks one byte each.
+    """
     state = hashlib.sha256(str(tuple(tokens.shape)).encode())
-    state.update(tokens.cpu().contiguous().numpy().astype("<i8").tobytes())
-    for marks in (mask,) if scored is None else (mask, scored):
-        state.update(marks.cpu().contiguous().numpy().tobytes())
+    chosen = () if choices is None else (choices.item, choices.right)
+    for values in (tokens, mask, scored, *chosen):
+        if values is not None:
+            array = values.cpu().contiguous().numpy()
+            state.update((array if array.dtype == np.bool_ else array.astype("<i8")).tobytes())
     return f"sha256:{state.hexdigest()}"
 
 
-def check_vocabulary(data: Data | Tensor, vocabulary: int) -> None:
+def check_vocabulary(data: Data | Mixture | Tensor, vocabulary: int) -> None:
     """Refuse token ids, of padding too, that a model with ``vocabulary`` embeddings cannot look up (``DataError``)."""
+    if isinstance(data, Mixture):
+        for part in data.parts:
+            check_vocabulary(part, vocabulary)
+        return
     ids = data.tokens if isinstance(data, Data) else data
     for worst in (int(ids.max()), int(ids.min())) if ids.numel() else ():
         if not 0 <= worst < vocabulary:
@@ -218,7 +321,7 @@ def check_vocabulary(data: Data | Tensor, vocabulary: int) -> None:
             raise DataError(f"{fault}: tokenizer of another model?")
 
 
-def overlap(a: Data, b: Data, *, n: int = 16) -> float:
+def overlap(a: Data | Mixture, b: Data | Mixture, *, n: int = 16) -> float:
     """The share of ``b``'s windows of ``n`` real tokens that also occur in ``a``, from 0 to 1.
 
     Windows start at every position, in both, and are compared by 64-bit hashes. Rows with fewer real tokens
@@ -229,7 +332,7 @@ def overlap(a: Data, b: Data, *, n: int = 16) -> float:
     return float(np.isin(asked, known).mean()) if asked.size else 0.0
 
 
-def warn_overlap(a: Data, b: Data) -> str | None:
+def warn_overlap(a: Data | Mixture, b: Data | Mixture) -> str | None:
     """One line of warning where more than 1 % of ``b`` (evaluation) also occurs in ``a`` (calibration), else None."""
     share = overlap(a, b)
     if share <= 0.01:
@@ -237,19 +340,18 @@ def warn_overlap(a: Data, b: Data) -> str | None:
     return f"{share:.1%} of {b.name} also occurs in {a.name}, which the plan was chosen on: evaluate on other text"
 
 
-def _shares(parts: Sequence[sources.Source], sequences: int) -> list[int]:
-    """Whole rows for every part, by the largest remainder, so that they add up."""
-    exact = [part.weight * sequences for part in parts]
-    shares = [int(share) for share in exact]
-    by_remainder = sorted(range(len(parts)), key=lambda i: shares[i] - exact[i])
-    for i in by_remainder[: sequences - sum(shares)]:
-        shares[i] += 1
-    if 0 in shares:
-        part = parts[shares.index(0)]
-        raise DataError(
-            f"{part.path}: its weight {part.weight:.3g} gives no row of {sequences}; ask for more sequences"
-        )
-    return shares
+def _task(answers: tasks.Answers, part: sources.Source, seed: int) -> Data:
+    tokens, mask, scored, item = map(torch.from_numpy, (answers.tokens, answers.mask, answers.scored, answers.item))
+    choices = None if answers.right is None else Choices(item, torch.from_numpy(answers.right))
+    record: dict[str, object] = {
+        "path": part.path,
+        "weight": 1.0,
+        "documents": answers.documents,
+        "tokens": int(mask.sum()),
+        "format": answers.format,
+        "questions": int(item[-1]) + 1,
+    }
+    return Data(tokens, mask, part.name, digest(tokens, mask, scored, choices), seed, (record,), scored, choices)
 
 
 def _assemble(drawn: Sequence[Rows], parts: Sequence[sources.Source], name: str, wanted: Wanted) -> Data:
@@ -266,13 +368,15 @@ def _assemble(drawn: Sequence[Rows], parts: Sequence[sources.Source], name: str,
     return Data(ids, real, name, digest(ids, real), wanted.seed, tuple(record))
 
 
-def _windows(data: Data, n: int) -> npt.NDArray[np.uint64]:
+def _windows(data: Data | Mixture, n: int) -> npt.NDArray[np.uint64]:
     """The hash of every window of ``n`` real tokens: a polynomial over mixed ids, modulo 2**64."""
+    if isinstance(data, Mixture):
+        return np.concatenate([_windows(part, n) for part in data.parts])
     ids = data.tokens.cpu().numpy().astype(np.uint64)
     mask = data.mask.cpu().numpy()
     ids = (ids ^ (ids >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9) + np.uint64(0x9E3779B97F4A7C15)
     ids = (ids ^ (ids >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    count = data.length - n + 1
+    count = max(0, data.length - n + 1)
     hashes = np.zeros((data.sequences, count), dtype=np.uint64)
     real = np.ones(hashes.shape, dtype=np.bool_)
     for k in range(n):

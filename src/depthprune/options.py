@@ -9,22 +9,32 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from depthprune import registry
+from depthprune import recipes, registry
 from depthprune.budget import Budget
 from depthprune.console import Console
 from depthprune.errors import DepthpruneError, OptionError, unknown
 from depthprune.units import UNITS, Unit
 
 if TYPE_CHECKING:
-    from depthprune.data import Data
+    from depthprune.data import Data, Mixture
     from depthprune.model import Model
+
+
+app = typer.Typer(
+    name="depthprune",
+    help="Make language models shallower: find the layers one can do without, drop them, prove that the result loads.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
 
 
 def option(flag: str, help: str, least: int | None = None) -> Any:
@@ -64,8 +74,10 @@ class Loading:
 class Calibration:
     """How calibration text is read."""
 
-    sequences: Annotated[int, option("--sequences", "Calibration sequences.", least=1)] = 64
-    length: Annotated[int, option("--length", "Tokens of a calibration sequence.", least=2)] = 512
+    sequences: Annotated[
+        int | None, option("--sequences", "Calibration sequences, or questions of a task; default: 64.", least=1)
+    ] = None
+    length: Annotated[int | None, option("--length", "Tokens of a calibration sequence; default: 512.", least=2)] = None
     field: Annotated[str, option("--field", "Field of JSONL and Parquet rows; `prompt+response` joins two.")] = "text"
     memory: Annotated[
         str | None, option("--memory", "Bound of the engine's streams, such as `4GB`; default: half of what is free.")
@@ -77,27 +89,64 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Choice:
-    """What may be dropped, and how it is chosen."""
+    """What may be dropped, and how it is chosen. What is not given comes from the recipe, or is the default."""
 
-    unit: Annotated[str, option("--unit", "What may go: block, attention, mlp, mixer or any (every sublayer).")] = "any"
+    unit: Annotated[
+        str | None,
+        option("--unit", "What may go: block, attention, mlp, mixer or any (every sublayer); default: any."),
+    ] = None
     metric: Annotated[
-        str, option("--metric", "How units are scored: `loss`, `cosine`, `angular:tokens=last`, …; `list metrics`.")
-    ] = "loss"
+        str | None,
+        option(
+            "--metric",
+            "How units are scored: `loss`, `cosine`, `taylor`, `shapley:of=kl`, …; `list metrics`; default: loss.",
+        ),
+    ] = None
     select: Annotated[
         str | None,
         option(
             "--select",
-            "How units are chosen: `greedy` (lazy), `greedy:exact=true`, `lowest`, `contiguous`; "
-            "default: greedy for loss, lowest for the rest.",
+            "How units are chosen: `greedy` (lazy), `greedy:exact=true`, `lowest`, `joint`, `iterative`, `beam`, …; "
+            "`list selectors`; default: greedy for loss, lowest for the rest.",
         ),
     ] = None
     protect: Annotated[
         str | None,
         option(
             "--protect",
-            "Units that must stay too, as `3,1.mlp`. Block 0's attention does by default; `none` lifts that.",
+            "Units that must stay too, as `3,1.mlp`; `ends`: the first and last block; `plus`: the first four and last "
+            "two. Block 0's attention stays by default; `none` lifts that.",
         ),
     ] = None
+    recipe: Annotated[
+        str | None,
+        option("--recipe", "A paper's settings by name, or a TOML file; `list recipes`. Other options win over it."),
+    ] = None
+
+
+def settled(choice: Choice, calibration: Calibration, common: Common) -> tuple[Choice, Calibration, Common]:
+    """What was asked for, where it was not from the recipe if there is one, and else the default.
+
+    Raises ``OptionError`` for a recipe that does not exist.
+    """
+    recipe = None if choice.recipe is None else recipes.load(choice.recipe)
+
+    def given(name: str, group: Any, default: Any) -> Any:
+        mine = getattr(group, name)
+        theirs = getattr(recipe, name, None)
+        return mine if mine is not None else theirs if theirs is not None else default
+
+    defaults = {"unit": "any", "metric": "loss", "select": None, "protect": None}
+    seed = recipe.seed if recipe is not None and recipe.seed is not None and not common.seed else common.seed
+    return (
+        replace(choice, **{name: given(name, choice, default) for name, default in defaults.items()}),
+        replace(
+            calibration,
+            sequences=given("sequences", calibration, 64),
+            length=given("length", calibration, 512),
+        ),
+        replace(common, seed=seed),
+    )
 
 
 GROUPS = (Common, Loading, Calibration, Choice)
@@ -111,9 +160,12 @@ To see it work first, try the small model that comes with depthprune:
     depthprune prune --demo --out runs/demo"""
 MODEL_HELP = "A folder with config.json and safetensors, or a Hub id."
 DATA_HELP = (
-    "Calibration text: a text, JSONL or Parquet file, a folder, `hub:NAME:CONFIG:SPLIT`, or `a.txt=0.7,b.jsonl=0.3`."
+    "Calibration text: a text, JSONL or Parquet file, a folder, `hub:NAME:CONFIG:SPLIT`, a task `task:mmlu.jsonl`, or "
+    "a mixture `a.txt=0.7,task:b.jsonl=0.3`."
 )
-DROP_HELP = "How much: `25%` of the block parameters, `8 blocks`, `12 attention`, `params<=6e9`, `kv<=50%`."
+DROP_HELP = (
+    "How much: `25%` of the block parameters, `8 blocks`, `12 attention`, `params<=6e9`, `kv<=50%`, `loss<=+5%`."
+)
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 DataOption = Annotated[str, option("--data", DATA_HELP)]
 DropOption = Annotated[str, option("--drop", DROP_HELP)]
@@ -188,15 +240,23 @@ def load(model: str, common: Common, loading: Loading) -> Model:
     )
 
 
-def text(source: str, model: Model, calibration: Calibration, common: Common) -> Data:
-    """The calibration text that a command was given."""
+def clipped(calibration: Calibration, choice: Choice, model: Model) -> Calibration:
+    """A recipe's calibration, in rows no longer than the model's positions: papers had longer models."""
+    most = model.positions
+    if choice.recipe is None or most is None or (calibration.length or 512) <= most:
+        return calibration
+    return replace(calibration, length=most)
+
+
+def text(source: str, model: Model, calibration: Calibration, common: Common) -> Data | Mixture:
+    """The calibration text or task that a command was given."""
     from depthprune.data import calibrate
 
     return calibrate(
         source,
         model.tokenizer,
-        sequences=calibration.sequences,
-        length=calibration.length,
+        sequences=calibration.sequences or 64,
+        length=calibration.length or 512,
         seed=common.seed,
         field=calibration.field,
     )
@@ -204,12 +264,11 @@ def text(source: str, model: Model, calibration: Calibration, common: Common) ->
 
 def check(choice: Choice, drop: str) -> None:
     """Refuse names that do not exist or go together, and a budget that no model could meet, before loading a model."""
-    metric, *_ = registry.find("metrics", choice.metric)
+    metric, *_ = registry.find("metrics", choice.metric or "loss")
     if choice.select is not None:
         selector, *_ = registry.find("selectors", choice.select)
-        if selector == "greedy" and metric != "loss":
-            raise OptionError(f"greedy goes by the loss, not by {metric}; choose --metric loss, or --select lowest")
-    if choice.unit not in UNITS:
+        registry.agree(selector, metric)
+    if choice.unit is not None and choice.unit not in UNITS:
         raise unknown("unit", choice.unit, UNITS)
     Budget.parse(drop, _Vast())
 
@@ -217,6 +276,7 @@ def check(choice: Choice, drop: str) -> None:
 class _Vast:
     """A ledger of a model larger than any, to which every budget that is one applies."""
 
+    blocks: Sequence[object] = ()
     parameters = outside = kv_bytes_per_token = 1 << 62
 
     def freed(self, units: frozenset[Unit]) -> int:

@@ -11,22 +11,27 @@ import transformers
 
 from depthprune import __version__
 from depthprune.budget import Budget
-from depthprune.data import Data
-from depthprune.errors import BudgetError, OptionError, PlanError, unknown
+from depthprune.data import Data, Mixture
+from depthprune.errors import BudgetError, PlanError, unknown
 from depthprune.layout import Layout
+from depthprune.mixed import AnyOracle, oracle
 from depthprune.model import Model
-from depthprune.oracle import ModelOracle
 from depthprune.plan import Plan
-from depthprune.registry import find
+from depthprune.registry import agree, find
 from depthprune.scores import Scores
 from depthprune.select.rank import Selection
 from depthprune.units import UNITS, Unit, parse
 
-PROTECTED = "attention of block 0"
+ENDS = {"ends": (0, -1), "plus": (0, 1, 2, 3, -2, -1)}  # words of --protect for blocks at both ends
 
 
 def score(
-    model: Model, data: Data, metric: str | Callable[..., Scores] = "loss", *, unit: str = "any", **options: Any
+    model: Model,
+    data: Data | Mixture,
+    metric: str | Callable[..., Scores] = "loss",
+    *,
+    unit: str = "any",
+    **options: Any,
 ) -> Scores:
     """The score of every unit of a kind under a metric; the unit with the lowest goes first.
 
@@ -34,31 +39,32 @@ def score(
     """
     _check_kind(unit)
     units = candidates(model.layout, unit, "none")
-    return ModelOracle(model, data, metric=metric, units=units, **options).scored()
+    return oracle(model, data, metric=metric, units=units, **options).scored()
 
 
 def select(
     model: Model,
     budget: str,
     *,
-    data: Data,
+    data: Data | Mixture,
     unit: str = "any",
     metric: str | Callable[..., Scores] = "loss",
     select: str | Callable[..., Selection] | None = None,
     protect: str | Sequence[Unit | str] | None = None,
+    recipe: str | None = None,
     **options: Any,
 ) -> Plan:
     """Choose the units to drop for a budget, and write down why.
 
     ``unit`` is the kind of units that may go; ``protect`` lists units that must stay (``"none"`` lifts the default, the
-    attention of block 0); ``select`` is by default ``greedy`` for the loss and ``lowest`` for other metrics.
+    attention of block 0); ``select`` is by default ``greedy`` for the loss and its like, ``lowest`` for other metrics.
     ``options`` are those of ``ModelOracle``.
     Raises ``BudgetError`` for impossible budgets, ``OptionError`` for unknown names.
     """
     amount, unit = settle(budget, unit, model.layout)
     units = amount.candidates(model.layout, candidates(model.layout, unit, protect))
-    oracle = ModelOracle(model, data, metric=metric, units=units, **options)
-    return choose(oracle, amount, units, unit=unit, select=select, seed=data.seed)
+    asked = oracle(model, data, metric=metric, units=units, **options)
+    return choose(asked, amount, units, unit=unit, select=select, seed=data.seed, recipe=recipe)
 
 
 def settle(budget: str, unit: str, layout: Layout) -> tuple[Budget, str]:
@@ -96,39 +102,43 @@ def candidates(layout: Layout, unit: str, protect: str | Sequence[Unit | str] | 
 def protected(layout: Layout, unit: str, protect: str | Sequence[Unit | str] | None = None) -> tuple[Unit, ...]:
     """The units that must stay: those given, and the attention of block 0, without which several runtimes cannot serve.
 
-    ``none`` among them lifts that default. A whole block 0 may go all the same: the next block's attention then is the
-    first. Raises ``PlanError`` for units that do not exist.
+    ``none`` among them lifts that default; ``ends`` stands for the first and the last block (SLEB), ``plus`` for the
+    first four and the last two (Shortened LLaMA). A whole block 0 may go all the same: the next block's attention then
+    is the first. Raises ``PlanError`` for units that do not exist.
     """
     given = (
         [part for part in protect.replace(" ", ",").split(",") if part] if isinstance(protect, str) else protect or []
     )
-    named = [part for part in given if str(part).lower() != "none"]
-    units = parse(tuple(named))
+    words = [str(part).lower() for part in given]
+    named = [part for part, word in zip(given, words, strict=True) if word not in ("none", *ENDS)]
+    last = len(layout.blocks)
+    ends = [block for word in words for block in ENDS.get(word, ())]
+    units = (*parse(tuple(named)), *(Unit("", block % last) for block in ends))
     for one in units:
         try:
             layout.kind(one)
         except PlanError as error:
             raise PlanError(f"--protect: {error}") from None
-    if unit == "block" or len(named) < len(given):
-        return units
+    if unit == "block" or "none" in words:
+        return tuple(dict.fromkeys(units))
     first = tuple(Unit("", 0, s.name) for s in layout.blocks[0].sublayers if s.kind == "attention")
     return tuple(dict.fromkeys((*first, *units)))
 
 
 def choose(
-    oracle: ModelOracle,
+    oracle: AnyOracle,
     budget: Budget,
     units: Sequence[Unit],
     *,
     unit: str,
     select: str | Callable[..., Selection] | None,
     seed: int = 0,
+    recipe: str | None = None,
 ) -> Plan:
     """Run a selector on an oracle and write the plan. Raises ``OptionError`` where the metric cannot lead it."""
-    select = select or ("greedy" if oracle.metric == "loss" else "lowest")
+    select = select or ("greedy" if oracle.metric == oracle.measure else "lowest")
     name, function, options = find("selectors", select)
-    if name == "greedy" and oracle.metric != "loss":
-        raise OptionError(f"greedy goes by the loss, not by {oracle.metric}; choose --metric loss, or --select lowest")
+    agree(name, oracle.metric)
     selection: Selection = function(oracle, units, budget, **options)
     layout = oracle.model.layout
     gone = frozenset(selection.units)
@@ -139,11 +149,12 @@ def choose(
         "unit": unit,
         "budget": budget.text,
         "nested": selection.nested,
-        "evaluations": selection.evaluations,
+        "evaluations": oracle.evaluations,
+        "work": round(oracle.work, 3),
         "dense_loss": selection.dense,
         "data": oracle.data.describe(),
         "seed": seed,
-        "recipe": None,
+        "recipe": recipe,
         "steps": [step.to_json() for step in selection.steps],
     }
     frees = {

@@ -8,7 +8,6 @@ that was stopped at any moment goes on where it was.
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
 import shutil
@@ -20,16 +19,15 @@ from typing import Any
 from depthprune import sources, tables
 from depthprune.bench import bench
 from depthprune.console import Console
-from depthprune.data import Data, calibrate, check_vocabulary, overlap, warn_overlap
-from depthprune.errors import CheckpointError, DepthpruneError, OptionError
+from depthprune.data import Data, Mixture, calibrate, check_vocabulary, overlap, warn_overlap
+from depthprune.errors import DepthpruneError, OptionError
 from depthprune.evaluate import Windows, fits, perplexity, windows
 from depthprune.export import check_many, expect, export
 from depthprune.files import place, read_json, why, write_json
+from depthprune.mixed import AnyOracle, oracle
 from depthprune.model import Model, load
-from depthprune.oracle import ModelOracle
 from depthprune.plan import Plan
 from depthprune.planning import candidates, choose, protected, settle
-from depthprune.registry import find
 from depthprune.report import report
 from depthprune.scores import Scores
 from depthprune.surgery import drop
@@ -50,6 +48,7 @@ class Settings:
     metric: str = "loss"
     select: str | None = None
     protect: str | None = None
+    recipe: str | None = None
     text: str | None = None
     sequences: int = 64
     length: int = 512
@@ -103,7 +102,7 @@ def prune(
         if before != data.digest:
             raise OptionError(f"{settings.data} is not what it was when {out} began; --overwrite starts again")
     else:
-        oracle = ModelOracle(
+        asked = oracle(
             model,
             data,
             metric=settings.metric,
@@ -113,8 +112,10 @@ def prune(
             show=console.show,
             say=console.say,
         )
-        plan = choose(oracle, budget, units, unit=unit, select=settings.select, seed=settings.seed)
-        write_json(out / "scores.json", scores(oracle, unit, settings))
+        plan = choose(
+            asked, budget, units, unit=unit, select=settings.select, seed=settings.seed, recipe=settings.recipe
+        )
+        write_json(out / "scores.json", scores(asked, unit, settings))
         plan.save(out / "plan.json")
     plan = Plan.load(out / "plan.json")
     console.say(f"dropping {plan.describe()}, measured {plan.why.get('evaluations')} variants")
@@ -241,12 +242,15 @@ def command(settings: Settings, out: Path) -> str:
     return shlex.join(words)
 
 
-def _texts(settings: Settings, model: Model, console: Console) -> tuple[Data, Windows]:
+def _texts(settings: Settings, model: Model, console: Console) -> tuple[Data | Mixture, Windows]:
     """The calibration rows, and the windows to evaluate on: another text, or rows of the same that are not used."""
-    options: dict[str, Any] = {"length": settings.length, "seed": settings.seed, "field": settings.field}
+    length = settings.length
+    if settings.recipe is not None:  # papers had longer models
+        length = min(length, model.positions or length)
+    options: dict[str, Any] = {"length": length, "seed": settings.seed, "field": settings.field}
     if settings.text is not None:
         data = calibrate(settings.data, model.tokenizer, sequences=settings.sequences, **options)
-        window = settings.length if settings.window is None else settings.window
+        window = length if settings.window is None else settings.window
         cut: dict[str, Any] = {
             "window": window,
             "stride": settings.stride,
@@ -255,10 +259,13 @@ def _texts(settings: Settings, model: Model, console: Console) -> tuple[Data, Wi
         }
         return data, windows(settings.text, model.tokenizer, **cut)
     extra = max(1, settings.sequences // 2)
-    rows = calibrate(settings.data, model.tokenizer, sequences=settings.sequences + extra, **options)
+    drawn = calibrate(settings.data, model.tokenizer, sequences=settings.sequences + extra, **options)
+    if isinstance(drawn, Mixture) or drawn.scored is not None:
+        raise OptionError(f"{drawn.name} is a task: give --text FILE, a text to evaluate on")
+    rows = drawn
     if rows.sequences < 2:
         raise DepthpruneError(
-            f"{rows.name} holds one sequence of {settings.length} tokens: too few to choose and evaluate on; "
+            f"{rows.name} holds one sequence of {length} tokens: too few to choose and evaluate on; "
             f"give more text, --text FILE, or a smaller --length"
         )
     held = min(extra, max(1, rows.sequences // 3))
@@ -268,10 +275,10 @@ def _texts(settings: Settings, model: Model, console: Console) -> tuple[Data, Wi
     console.say(f"no --text: evaluating on {others} of the calibration text; an independent text is better")
     scored = held_out.mask.clone()
     scored[:, 0] = False
-    return data, Windows(held_out, scored, settings.length)
+    return data, Windows(held_out, scored, length)
 
 
-def scores(oracle: ModelOracle, unit: str, settings: Settings) -> dict[str, Any]:
+def scores(oracle: AnyOracle, unit: str, settings: Settings) -> dict[str, Any]:
     """``scores.json`` of a run: the scores that chose, those that cost one walk, and what was protected."""
     layout = oracle.model.layout
     found: dict[str, Scores] = {oracle.spec: oracle.scored()}
@@ -279,24 +286,6 @@ def scores(oracle: ModelOracle, unit: str, settings: Settings) -> dict[str, Any]
     every = (*layout.units("block"), *(u for u in layout.units("any") if u.sublayer))
     kept = [str(u) for u in protected(layout, unit, settings.protect)]
     return scores_json(oracle.model, found, every) | {"protected": kept}
-
-
-def scored(oracle: ModelOracle, metrics: Sequence[str]) -> dict[str, Scores]:
-    """The scores of an oracle's units under several metrics; those that need only the stream share one walk.
-
-    Raises ``CheckpointError`` where one is not a number.
-    """
-    found: dict[str, Scores] = {}
-    for spec in metrics:
-        _, function, options = find("metrics", spec)
-        found[spec] = function(oracle, oracle.units, **options)
-        broken = next((unit for unit, value in found[spec].values.items() if math.isnan(value)), None)
-        if broken is not None:
-            raise CheckpointError(
-                f"{spec} of {broken} is not a number for {oracle.model.reference.id} on {oracle.data.name}: its "
-                "weights are damaged, or it overflows; try another --dtype"
-            )
-    return found
 
 
 def scores_json(model: Model, found: Mapping[str, Scores], units: Sequence[Unit]) -> dict[str, Any]:

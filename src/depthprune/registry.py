@@ -21,10 +21,7 @@ TABLES: dict[str, dict[str, str]] = {
             name: f"depthprune.metrics.stream:{name}"
             for name in ("cosine", "angular", "l1", "l2", "relative_l1", "relative_l2")
         },
-        **{
-            name: f"depthprune.metrics.loss:{name}"
-            for name in ("loss", "kl", "js", "logit_distance", "error")
-        },
+        **{name: f"depthprune.metrics.loss:{name}" for name in ("loss", "kl", "js", "logit_distance", "error")},
         "shapley": "depthprune.metrics.shapley:shapley",
         "banzhaf": "depthprune.metrics.shapley:banzhaf",
         "taylor": "depthprune.metrics.gradient:taylor",
@@ -45,6 +42,19 @@ TABLES: dict[str, dict[str, str]] = {
     "recoverers": {},
     "forms": {"hf": "depthprune.export.hf:write", "plain": "depthprune.export.hf:plain"},
 }
+
+# Metrics that can be measured of whole plans, not only of single units, and the selectors that need one of these.
+MEASURED = ("loss", "kl", "js", "logit_distance", "error")
+SEARCHES = ("greedy", "beam", "evolve")
+
+
+def agree(selector: str, metric: str) -> None:
+    """Refuse a search by whole plans under a metric of single units (``OptionError``)."""
+    if selector in SEARCHES and metric not in MEASURED:
+        raise OptionError(
+            f"{selector} goes by what whole plans cost ({', '.join(MEASURED)}), not by {metric}; "
+            "choose one of these as --metric, or --select lowest or iterative"
+        )
 
 
 def names(table: str) -> tuple[str, ...]:

@@ -81,7 +81,7 @@ def draw(read: Callable[[], Iterable[Iterable[str]]], wanted: Wanted, part: sour
         texts = [text for text in stretches if text and not text.isspace()]
         if not texts and whole:
             raise DataError(f"{part.path}: the text is empty")
-        ids = _tokenize(wanted.tokenizer, texts)
+        ids = tokenize(wanted.tokenizer, texts)
         tokens, mask = _cut(ids, wanted) if wanted.pack else _pad(ids, wanted)
         # One row to spare: the last of an incomplete text may have been tokenized differently at its end.
         if whole or len(tokens) > wanted.sequences:
@@ -143,7 +143,8 @@ def _pieces(documents: Iterable[Iterable[str]], size: int) -> Iterator[tuple[int
             yield number, part, text
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Ids]:
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Ids]:
+    """The ids of each text, without BOS or anything else that the tokenizer would add."""
     ids: list[Ids] = []
     batch: list[str] = []
     size = 0
@@ -176,9 +177,14 @@ def _pad(ids: Sequence[Ids], wanted: Wanted) -> tuple[Ids, Bools]:
     front = np.asarray(wanted.opening, dtype=np.int64)
     rows = [np.concatenate([front, row])[: wanted.length] for row in ids]
     rows = [row for row in rows if len(row) >= 2]
-    known = (wanted.tokenizer.pad_token_id, wanted.tokenizer.eos_token_id)
+    return padded(rows, wanted.length, wanted.tokenizer)
+
+
+def padded(rows: Sequence[Ids], length: int, tokenizer: PreTrainedTokenizerBase) -> tuple[Ids, Bools]:
+    """Rows of different lengths as one array, padded on the right, and which of its tokens are real."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     padding = next((int(i) for i in known if i is not None), 0)
-    tokens = np.full((len(rows), wanted.length), padding, dtype=np.int64)
+    tokens = np.full((len(rows), length), padding, dtype=np.int64)
     mask = np.zeros(tokens.shape, dtype=np.bool_)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
@@ -205,7 +211,7 @@ def shuffled(count: int, seed: str) -> list[int]:
 
 def opening(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The ids that this tokenizer puts in front of a text: usually BOS or nothing, for some models two ids."""
-    plain = _tokenize(tokenizer, ["a"])[0].tolist()
+    plain = tokenize(tokenizer, ["a"])[0].tolist()
     full = list(tokenizer("a")["input_ids"])
     start = next((at for at in range(len(full)) if plain and full[at : at + len(plain)] == plain), 0)
     bos = tokenizer.bos_token_id

@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders, Hub data sets, and mixtures of them.
+"""Where text and tasks come from: files, folders, Hub data sets, and mixtures of them.
 
 A *document* is an iterator of strings that belong together, so that a file of any size is read in pieces.
 """
@@ -18,30 +18,41 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from depthprune import hub
 from depthprune.errors import DataError
 
 HUB = "hub:"
+TASK = "task:"
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 
 _READ = 1 << 16  # characters a read
 _HUB_BUFFER = 10_000  # documents that a streamed data set holds to shuffle them
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_OPTION = re.compile(r":(\w+)=([^:=]*)$")  # at the end of a task: what looks like a weight is the value of an option
 
 
 @dataclass(frozen=True)
 class Source:
-    """One place to read text from, and its share of the rows (all shares sum to 1)."""
+    """One place to read text or a task from, and its share of the rows (all shares sum to 1)."""
 
     path: str
     weight: float
 
     @property
     def name(self) -> str:
-        """The file's or folder's own name; the whole address of a Hub data set."""
-        return self.path if self.path.startswith(HUB) else Path(self.path).name or self.path
+        """The file's or folder's own name, ``task:`` before that of a task; the whole address of a Hub data set."""
+        if self.path.startswith(HUB):
+            return self.path
+        if self.is_task:
+            return TASK + Path(task(self.path)[0]).name
+        return Path(self.path).name or self.path
+
+    @property
+    def is_task(self) -> bool:
+        """Whether this is a file of questions, ``task:FILE``, not text."""
+        return self.path.startswith(TASK)
 
 
 def parse(source: str | Sequence[str]) -> tuple[Source, ...]:
@@ -55,7 +66,7 @@ def parse(source: str | Sequence[str]) -> tuple[Source, ...]:
     named = whole or (source.split(",") if isinstance(source, str) else list(source))
     parts = [_part(text.strip()) for text in named]
     if not parts:
-        raise DataError("no data: name a file, a folder or a hub: data set")
+        raise DataError("no data: name a file, a folder, a hub: data set or a task:FILE")
     paths = [path for path, _ in parts]
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if twice is not None:
@@ -70,6 +81,29 @@ def parse(source: str | Sequence[str]) -> tuple[Source, ...]:
     return tuple(Source(path, weight / total) for path, weight in zip(paths, weights, strict=True))
 
 
+def shares(parts: Sequence[Source], sequences: int) -> list[int]:
+    """Share ``sequences`` out by weight, by the largest remainder, so that they add up.
+
+    Raises ``DataError`` where a part gets none.
+    """
+    exact = [part.weight * sequences for part in parts]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(parts)), key=lambda i: counts[i] - exact[i])
+    for i in by_remainder[: sequences - sum(counts)]:
+        counts[i] += 1
+    if 0 in counts:
+        part = parts[counts.index(0)]
+        raise DataError(
+            f"{part.path}: its weight {part.weight:.3g} gives no row of {sequences}; ask for more sequences"
+        )
+    return counts
+
+
+def joined_name(parts: Sequence[Source]) -> str:
+    """The name of a mixture, as short as the names of its sources."""
+    return ",".join(part.name if len(parts) == 1 else f"{part.name}={part.weight:.4g}" for part in parts)
+
+
 def documents(path: str, *, field: str = "text", seed: int | None = None) -> Iterator[Iterator[str]]:
     """Read the documents of one source, in order, each an iterator of consecutive strings.
 
@@ -81,6 +115,8 @@ def documents(path: str, *, field: str = "text", seed: int | None = None) -> Ite
     if path.startswith(HUB):
         yield from _hub(path, field, seed)
         return
+    if path.startswith(TASK) and not _exists(path):
+        raise DataError(f"{path!r} is a task, and text is needed here; name a text file, a folder or a hub: data set")
     for file in _files(path):
         form = _form(file)
         if form == ".parquet":
@@ -89,6 +125,34 @@ def documents(path: str, *, field: str = "text", seed: int | None = None) -> Ite
             yield from _json_lines(file, field)
         else:
             yield _text(file)
+
+
+def task(path: str) -> tuple[str, dict[str, str]]:
+    """Take ``task:FILE:OPTION=VALUE…`` apart: the file, and its options as they are written."""
+    rest = path.removeprefix(TASK)
+    options: dict[str, str] = {}
+    while not _exists(rest) and (found := _OPTION.search(rest)):
+        options = {found[1]: found[2]} | options
+        rest = rest[: found.start()]
+    return rest, options
+
+
+def records(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read a file of JSON lines: of each its place, ``"FILE, line 3"``, and its fields. Raises ``DataError``."""
+    file = Path(os.path.expanduser(path))
+    if not file.is_file():
+        kind = "it is a folder" if file.is_dir() else "there is no such file"
+        raise DataError(f"{path[:200]!r}: {kind}; a task is a file of JSON lines, task:FILE or task:FILE:OPTION=VALUE")
+    if _form(file) not in (".jsonl", ".json"):
+        raise DataError(f"{path!r}: a task is a file of JSON lines (.jsonl or .json, also as .gz or .xz)")
+    yield from _json_rows(file)
+
+
+def whole(text: str, where: str) -> str:
+    """The text itself, if a tokenizer takes it. Raises ``DataError`` for half a surrogate pair."""
+    if _SURROGATE.search(text):
+        raise DataError(f"{where}: the text holds half of a surrogate pair, which no tokenizer takes; remove it")
+    return text
 
 
 def split(document: Iterable[str], size: int) -> Iterator[str]:
@@ -112,7 +176,8 @@ def _part(text: str) -> tuple[str, float | None]:
     if not text:
         raise DataError("an empty name in the data mixture; write it like a.txt=0.7,b.jsonl=0.3")
     path, equals, number = text.rpartition("=")
-    if not equals or _exists(text):
+    is_option = text.startswith(TASK) and _OPTION.search(text.removeprefix(TASK)) is not None
+    if not equals or is_option or _exists(text.removeprefix(TASK)):
         return text, None
     try:
         weight = float(number)
@@ -194,6 +259,11 @@ def _text(path: Path) -> Iterator[str]:
 
 
 def _json_lines(path: Path, field: str) -> Iterator[Iterator[str]]:
+    for where, row in _json_rows(path):
+        yield iter([_row_text(row, field, where)])
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with _lines(path) as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
@@ -205,7 +275,7 @@ def _json_lines(path: Path, field: str) -> Iterator[Iterator[str]]:
                 raise DataError(f"{where}: not JSON ({error}); each line must be one object") from None
             if not isinstance(row, dict):
                 raise DataError(f"{where}: a JSON {type(row).__name__}, but each line must be one object")
-            yield iter([_row_text(row, field, where)])
+            yield where, row
 
 
 def _parquet(path: Path, field: str) -> Iterator[Iterator[str]]:
@@ -262,9 +332,7 @@ def _row_text(row: Mapping[str, object], field: str, where: str) -> str:
             raise DataError(f"{where}: the field {name!r} holds a {type(value).__name__}, not text")
         joined += "\n" if joined and value and not joined[-1].isspace() else ""
         joined += value or ""
-    if _SURROGATE.search(joined):
-        raise DataError(f"{where}: the text holds half of a surrogate pair, which no tokenizer takes; remove it")
-    return joined
+    return whole(joined, where)
 
 
 def _first_line(error: Exception) -> str:

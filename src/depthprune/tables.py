@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Group
 from rich.table import Table
 
 from depthprune.console import human, table
@@ -73,6 +74,43 @@ def timed(value: Mapping[str, Any]) -> Table:
         for entry in value["models"]
     ]
     return table(("model", "prefill ms", "decode ms/token"), rows)
+
+
+def compared(value: Mapping[str, Any]) -> Group:
+    """The rows of a ``compare.json``, the best first, and what is special about some."""
+    dense = value["dense"]["perplexity"]
+    rows, notes = [], []
+    for row in value["rows"]:
+        if row["note"]:
+            notes.append(f"{row['recipe']}: {row['note']}")
+        if row["loss"] is None:
+            continue
+        gap = row["behind"]
+        rows.append(
+            (
+                row["recipe"],
+                f"{row['fraction']:.1%}",
+                human(row["parameters"]).removesuffix("B"),
+                f"{row['perplexity']:.2f}",
+                f"{row['perplexity'] / dense:.3f}x",
+                "best" if gap is None else f"+{gap[0]:.3f}±{gap[1]:.3f}",
+                f"{row['evaluations']:,}",
+                f"{row['seconds']:.1f}",
+            )
+        )
+    columns = ("recipe", "cut", "left", "perplexity", "ratio", "above best", "models", "seconds")
+    title = f"{value['budget']} of {value['model']['id']}; {value['text']['name']}; dense {dense:.2f}"
+    return Group(table(columns, rows, title), *notes)
+
+
+def agreement(value: Mapping[str, Any]) -> Group:
+    """How much importances for several texts and tasks agree, and the units on which they agree least."""
+    sources = [source.rpartition("/")[2] for source in value["sources"]]
+    pairs = [(name, *(f"{number:.2f}" for number in row)) for name, row in zip(sources, value["spearman"], strict=True)]
+    first = table((f"{value['metric']}: rank correlation", *sources), pairs)
+    rows = [(u["unit"], u["kind"], *(str(rank) for rank in u["ranks"]), str(u["apart"])) for u in value["units"][:12]]
+    title = f"ranks of the units that differ most, of {len(value['units'])} (1 goes first)"
+    return Group(first, table(("unit", "kind", *sources, "apart"), rows, title))
 
 
 def conclusion(summary: Mapping[str, Any], out: Path, page: Path, *, passed: bool) -> str:

@@ -1,9 +1,10 @@
 """The engine: the losses of many thinned models in one pass over the weights.
 
-Every question about a thinner model goes through ``losses``: leave-one-out, greedy, sweeps. Variants that agree up to
-some unit run it once (a trie over execution order); within a block, a sublayer's output that two variants share is
-computed once and replayed; the rows of variants with the same block run together; each block is visited once per
-shard of sequences, however many variants there are. The loss comes from the model's own norm and head, in chunks.
+Every question about a thinner model goes through ``losses``: leave-one-out, greedy, Shapley values, beams, evolution.
+Variants that agree up to some unit run it once (a trie over execution order); within a block, a sublayer's output that
+two variants share is computed once and replayed; the rows of variants with the same block run together; each block is
+visited once per shard of sequences, however many variants there are. The loss, or the distance of the logits from those
+of the dense model, comes from the model's own norm and head, in chunks, and only where a prediction counts.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 
 from depthprune.data import Data, check_vocabulary
 from depthprune.discover import REFUSALS, muted
-from depthprune.errors import DataError, LayoutError
+from depthprune.errors import DataError, LayoutError, unknown
 from depthprune.layout import Layout, blocks_of
+from depthprune.measures import MEASURES
 from depthprune.model import Model
 from depthprune.record import TOKENS, Call, Recording, close, forwards, head, inputs, leaves, once, record, slices
 from depthprune.scores import Losses
@@ -67,6 +69,7 @@ def losses(
     data: Data,
     variants: Sequence[Iterable[Unit]],
     *,
+    measure: str = "loss",
     memory: int | None = None,
     progress: Progress | None = None,
     tokens_per_call: int | None = None,
@@ -74,33 +77,40 @@ def losses(
     """The loss of every variant of a model on every sequence of the data.
 
     A variant is a set of dropped units. For sequence s and variant v the result holds ``sum_t -log p_v(x_t | x_<t)``
-    in nats, over the real tokens, and their number; float32 logits, float64 sums. Equal to a plain forward of the model
-    with those units dropped. ``memory`` bounds the bytes of the stored streams; ``progress(done, total)`` is called
-    with work measured in blocks times sequences.
-    Raises ``DataError`` for text that does not fit the model, ``PlanError`` for units it does not have.
+    in nats, over the predictions that count, and their number; float32 logits, float64 sums. Equal to a plain forward
+    of the model with those units dropped. ``measure`` may be ``kl``, ``js`` or ``logit_distance`` instead: how far the
+    variant's prediction is from that of the dense model. ``memory`` bounds the bytes of the stored streams;
+    ``progress(done, total)`` is called with work measured in blocks times sequences.
+    Raises ``DataError`` for text that does not fit the model, ``PlanError`` for units it does not have,
+    ``OptionError`` for another measure.
     """
+    if measure not in MEASURES:
+        raise unknown("measure", measure, MEASURES)
     gone = [model.layout.gone(parse(units)) for units in variants]
     check(model, data)
-    predicted = (data.mask[:, 1:] & data.mask[:, :-1]).sum(1).double().numpy()
-    result = Losses.empty(len(gone), predicted)
+    result = Losses.empty(len(gone), data.counted.sum(1).double().numpy())
     if not gone:
         return result
-    run = _Run(model, data, gone, progress, tokens_per_call or TOKENS.get(model.device.type, 4096))
+    if measure != "loss":  # the dense model comes along as the first variant
+        gone = [Gone(), *gone]
+    run = _Run(model, data, gone, progress, tokens_per_call or TOKENS.get(model.device.type, 4096), measure)
     room = memory or _memory(model.device)
     if run.engine_is_exact():
-        if len(gone) > 1 and run.bytes_per_sequence() > room:  # not even one sequence of all variants fits
-            half = len(gone) // 2
-            for part, done in ((slice(0, half), 0.0), (slice(half, len(gone)), 0.5)):
-                found = losses(model, data, list(variants)[part], memory=room, progress=_part(progress, done))
+        if len(variants) > 1 and run.bytes_per_sequence() > room:  # not even one sequence of all variants fits
+            half = len(variants) // 2
+            for part, done in ((slice(0, half), 0.0), (slice(half, len(variants)), 0.5)):
+                some = list(variants)[part]
+                found = losses(model, data, some, measure=measure, memory=room, progress=_part(progress, done))
                 result.nll[part] = found.nll
             return result
-        run.sweep(result, room)
+        measured = run.sweep(room)
     else:
         name = type(model.net).__name__
         warnings.warn(
             f"the blocks of {name} cannot be called one by one; using plain forwards, which is slower", stacklevel=2
         )
-        run.plainly(result)
+        measured = run.plainly()
+    result.nll[:] = measured[len(gone) - len(variants) :]
     return result
 
 
@@ -146,9 +156,16 @@ class _Run:
     """One call of ``losses``: the model's blocks, the data, and how far we are."""
 
     def __init__(
-        self, model: Model, data: Data, gone: list[Gone], progress: Progress | None, tokens_per_call: int
+        self,
+        model: Model,
+        data: Data,
+        gone: list[Gone],
+        progress: Progress | None,
+        tokens_per_call: int,
+        measure: str,
     ) -> None:
         self.net, self.layout, self.data, self.gone = model.net, model.layout, data, gone
+        self.measure = measure
         self.device = model.device
         self.blocks = blocks_of(model.net, model.layout)
         self.arities = [block.arity for block in model.layout.blocks]
@@ -222,17 +239,22 @@ class _Run:
             return False
         return True
 
-    def plainly(self, result: Losses) -> None:
+    def plainly(self) -> np.ndarray:
         """One plain forward per variant: for models whose blocks cannot be called alone."""
         self.total = float(len(self.gone) * self.data.sequences)
-        for variant, gone in enumerate(self.gone):
-            with forwards(mutes(self.blocks, self.layout, gone)):
-                for rows in slices(self.data.sequences, max(1, min(self.rows, self.chunk * 8 // self.data.length))):
-                    tokens, mask = self.data.tokens[rows].to(self.device), self.data.mask[rows].to(self.device)
-                    logits = self._plain(variant, tokens, mask)
-                    nll = _nll(logits[:, :-1], tokens[:, 1:]).double() * (mask[:, 1:] & mask[:, :-1])
-                    result.nll[variant, rows] = nll.sum(1).cpu().numpy()
-                    self.advance(tokens.shape[0])
+        result = np.empty((len(self.gone), self.data.sequences))
+        for rows in slices(self.data.sequences, max(1, min(self.rows, self.chunk * 8 // self.data.length))):
+            tokens, mask = self.data.tokens[rows].to(self.device), self.data.mask[rows].to(self.device)
+            places, wanted = self._places(rows)
+            dense = torch.empty(0)
+            for variant, gone in enumerate(self.gone):
+                with forwards(mutes(self.blocks, self.layout, gone)):
+                    logits = self._plain(variant, tokens, mask).flatten(0, 1)[places].float()
+                dense = logits if variant == 0 else dense
+                found = MEASURES[self.measure](logits, wanted, dense)
+                result[variant, rows] = self._sums([found], places, rows)
+                self.advance(tokens.shape[0])
+        return result
 
     def _plain(self, variant: int, tokens: Tensor, mask: Tensor) -> Tensor:
         try:
@@ -250,8 +272,9 @@ class _Run:
         passed = sum(leaf.numel() * leaf.element_size() for leaf in tensors.values())
         return (max(self.alive) + 3) * recording.stream.numel() * recording.stream.element_size() + passed
 
-    def sweep(self, result: Losses, memory: int) -> None:
+    def sweep(self, memory: int) -> np.ndarray:
         """All blocks once per shard of sequences; shards as large as the memory for streams allows."""
+        result = np.empty((len(self.gone), self.data.sequences))
         shard = max(1, memory // self.bytes_per_sequence())
         self.rows = min(self.rows, shard)
         shard = shard // self.rows * self.rows
@@ -261,10 +284,13 @@ class _Run:
             nodes = [_Node(list(range(len(self.gone))), [batch.recording.stream for batch in batches])]
             for index in range(len(self.blocks)):
                 nodes = self.block(index, nodes, batches, self.gone)
-            for node in nodes:
-                for batch, stream in zip(batches, node.streams, strict=True):
-                    result.nll[node.variants, batch.rows] = self.loss(stream, batch.rows)
-                self.advance(len(node.variants) * (stop - start))
+            for number, batch in enumerate(batches):
+                nodes.sort(key=lambda node: min(node.variants))  # the dense model first
+                found = self.measured([node.streams[number] for node in nodes], batch.rows)
+                for node, sums in zip(nodes, found, strict=True):
+                    result[node.variants, batch.rows] = sums
+                self.advance(len(self.gone) * (batch.rows.stop - batch.rows.start))
+        return result
 
     def block(self, index: int, nodes: list[_Node], batches: list[_Batch], gone: Sequence[Gone]) -> list[_Node]:
         """Take every node through one block, splitting those whose variants differ in it."""
@@ -332,24 +358,33 @@ class _Run:
                 replaced.append((module, once(module, key, kept)))
         return replaced
 
-    def loss(self, stream: Tensor, rows: slice) -> np.ndarray:
-        """Per sequence, the summed negative log-likelihood in nats of a final stream, head chunk by head chunk.
+    def _places(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Where predictions count in a batch, as places in its tokens laid end to end, and what is wanted there."""
+        tokens, counted = self.data.tokens[rows], self.data.counted[rows]
+        places = torch.nn.functional.pad(counted, (0, 1)).flatten().nonzero()[:, 0]
+        return places.to(self.device), tokens[:, 1:][counted].to(self.device)
 
-        What follows the blocks acts on each position alone, so positions of all sequences are taken in one row.
-        """
-        tokens, mask = self.data.tokens[rows].to(self.device), self.data.mask[rows].to(self.device)
-        real = mask[:, 1:] & mask[:, :-1]
-        flat, wanted = stream[:, :-1].reshape(1, -1, stream.shape[-1]), tokens[:, 1:].reshape(1, -1)
-        found = [
-            _nll(head(self.net, self.blocks, self.arities, flat[:, some]), wanted[:, some])
-            for some in slices(flat.shape[1], self.chunk)
-        ]
-        sums = (torch.cat(found, 1).double().view(real.shape) * real).sum(1)
-        result: np.ndarray = sums.cpu().numpy()
+    def _sums(self, found: list[Tensor], places: Tensor, rows: slice) -> np.ndarray:
+        """What was found at the places, summed over each sequence of a batch."""
+        every = torch.zeros(self.data.tokens[rows].shape, dtype=torch.float64, device=self.device)
+        every.view(-1)[places] = torch.cat(found).double()
+        result: np.ndarray = every.sum(1).cpu().numpy()
         return result
 
+    def measured(self, streams: list[Tensor], rows: slice) -> list[np.ndarray]:
+        """Per final stream of a batch and per sequence, the summed measure, head chunk by head chunk.
 
-def _nll(logits: Tensor, wanted: Tensor) -> Tensor:
-    """-log p of the wanted tokens (B, T) under logits (B, T, V), in float32."""
-    nll = torch.nn.functional.cross_entropy(logits.float().flatten(0, -2), wanted.flatten(), reduction="none")
-    return nll.view(wanted.shape)
+        What follows the blocks acts on each position alone, so positions of all sequences are taken in one row. The
+        first stream is that of the dense model where the measure needs one.
+        """
+        places, wanted = self._places(rows)
+        found: list[list[Tensor]] = [[] for _ in streams]
+        outer = slices(len(places), self.chunk) or [slice(0, 0)]
+        for some in outer:
+            dense = torch.empty(0)
+            for number, stream in enumerate(streams):
+                chosen = stream.flatten(0, 1)[places[some]][None]
+                logits = head(self.net, self.blocks, self.arities, chosen)[0].float()
+                dense = logits if number == 0 else dense
+                found[number].append(MEASURES[self.measure](logits, wanted[some], dense))
+        return [self._sums(values, places, rows) for values in found]
