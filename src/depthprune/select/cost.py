@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from depthprune.budget import Ledger
+from depthprune.budget import Budget, Ledger
 from depthprune.errors import OptionError
 from depthprune.units import Unit
 
@@ -31,6 +31,16 @@ def prices(
     if per == "kv":
         return {unit: float(ledger.kv_freed(frozenset((unit,)))) for unit in units}
     return dict.fromkeys(units, 1.0)
+
+
+def shares(budget: Budget, units: Sequence[Unit], gone: Sequence[Unit], ledger: Ledger) -> dict[Unit, float]:
+    """What each unit brings of what a budget still needs once others are gone, in what the budget counts.
+
+    ``min(what the unit frees, what is still needed)``: more than the budget asks for is worth nothing. Where the budget
+    is on the loss, the parameters it frees.
+    """
+    need = float("inf") if budget.measure == "loss" else budget.amount - budget.spent(ledger, frozenset(gone))
+    return {unit: min(float(budget.spent(ledger, frozenset((unit,)))), need) for unit in units}
 
 
 def rank(damage: float, price: float) -> tuple[bool, float]:

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from depthprune.budget import Budget
 from depthprune.scores import Array, paired
-from depthprune.select.cost import at_least, prices, rank
+from depthprune.select.cost import PER, at_least, one_of, prices, rank, shares
 from depthprune.select.rank import Oracle, Selection, Step
 from depthprune.select.refine import TRIES, refine
 from depthprune.units import Unit
@@ -37,16 +37,19 @@ def greedy(
     ``exact`` measures every candidate at every step (SLEB for blocks, BlockPruner for sublayers). Otherwise a step
     measures candidates in the order of their last known damage, ``refresh`` at a time, until no stale one could
     still win. Ties go to the first in execution order; a runner-up closer than one paired standard error is noted.
-    ``per`` divides damage by what a unit saves: ``parameters``, ``kv`` or ``time``. ``race`` above 1 measures
-    candidates on that fraction of the sequences, and doubles it for those within two paired standard errors of the
-    front-runner until one is left or every sequence is used. ``swaps`` is the most rounds of exchanging dropped units
-    for kept ones at the end. A unit without which the loss is infinite stays. Under a budget on the loss it stops
-    before the first removal that would break it.
+    ``per`` divides damage by what a unit saves: ``parameters``, ``kv`` or ``time``; ``budget``: by what it brings of
+    what the budget still needs, so that a large unit goes before a small one only where it is worth it.
+    ``race`` above 1 measures candidates on that fraction of the sequences, and doubles it for those within two paired
+    standard errors of the front-runner until one is left or every sequence is used. ``swaps`` is the most rounds of
+    exchanging dropped units for kept ones at the end. A unit without which the loss is infinite stays. Under a budget
+    on the loss it stops before the first removal that would break it.
     Raises ``OptionError`` for a ``refresh`` or ``race`` below 1, ``BudgetError`` where the budget cannot be met.
     """
     for option, value, least in (("refresh", refresh, 1), ("race", race, 1), ("swaps", swaps, 0)):
         at_least(f"greedy:{option}", value, least)
-    price = prices("greedy", per, candidates, oracle.ledger, oracle.milliseconds)
+    one_of("greedy:per", per, (*PER, "budget"))
+    by_budget = per == "budget"
+    price = prices("greedy", "none" if by_budget else per, candidates, oracle.ledger, oracle.milliseconds)
     place = {unit: index for index, unit in enumerate(candidates)}
     damage = dict.fromkeys(candidates, -math.inf)
 
@@ -65,6 +68,8 @@ def greedy(
     steps: list[Step] = []
     stuck: set[Unit] = set()
     while not budget.met(oracle.ledger, gone):
+        if by_budget:
+            price = shares(budget, candidates, gone, oracle.ledger)
         left = [u for u in candidates if u not in {*gone, *stuck} and oracle.ledger.viable(frozenset((*gone, u)))]
         fresh: dict[Unit, Array] = {}
         while len(fresh) < len(left):
