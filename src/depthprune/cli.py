@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,19 +99,24 @@ def plan(
 
     unit = choice.unit or "any"
     planning.settle(drop, unit, made.layout)
-    chosen = planning.select(
-        made,
-        drop,
-        data=options.text(data, made, options.clipped(calibration, choice, made), common),
-        unit=unit,
-        metric=choice.metric or "loss",
-        select=choice.select,
-        protect=choice.protect,
-        recipe=choice.recipe,
-        memory=options.size(calibration.memory),
-        show=console.show,
-        say=console.say,
-    )
+    calibration = options.clipped(calibration, choice, made)
+    wanted: dict[str, Any] = {
+        "unit": unit,
+        "metric": choice.metric or "loss",
+        "select": choice.select,
+        "protect": choice.protect,
+        "recipe": choice.recipe,
+        "memory": options.size(calibration.memory),
+        "show": console.show,
+    }
+    rows = options.text(data, made, calibration, common)
+    chosen = planning.select(made, drop, data=rows, say=console.say, **wanted)
+    if choice.stability:
+        seeds = (replace(common, seed=common.seed + draw) for draw in range(1, choice.stability + 1))
+        again = (options.text(data, made, calibration, other) for other in seeds)
+        stable = planning.stability(made, drop, again, **wanted)
+        console.say(tables.stable(stable, chosen.drop))
+        chosen = replace(chosen, why={**chosen.why, "stability": stable})
     chosen.save(out)
     freed = f"{chosen.describe()}: frees {chosen.frees['fraction']:.1%} of the block parameters; written to {out}"
     console.result({"plan": str(out), "drop": [str(u) for u in chosen.drop], "frees": dict(chosen.frees)}, freed)

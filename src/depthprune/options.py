@@ -107,7 +107,7 @@ class Choice:
         option(
             "--select",
             "How units are chosen: `greedy` (lazy), `greedy:exact=true`, `lowest`, `joint`, `iterative`, `beam`, …; "
-            "`list selectors`; default: greedy for loss, lowest for the rest.",
+            "`list selectors`; default: greedy:per=budget for loss and its like, lowest for the rest.",
         ),
     ] = None
     protect: Annotated[
@@ -122,6 +122,12 @@ class Choice:
         str | None,
         option("--recipe", "A paper's settings by name, or a TOML file; `list recipes`. Other options win over it."),
     ] = None
+    stability: Annotated[
+        int,
+        option(
+            "--stability", "Choose again on so many other draws of calibration rows; report how often each unit is.", 0
+        ),
+    ] = 0
 
 
 def settled(choice: Choice, calibration: Calibration, common: Common) -> tuple[Choice, Calibration, Common]:

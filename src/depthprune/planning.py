@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from depthprune.scores import Scores
 from depthprune.select.rank import Selection
 from depthprune.units import UNITS, Unit, parse
 
+SEARCH = "greedy:per=budget"  # what chooses unless told otherwise, where the metric is of whole plans
 ENDS = {"ends": (0, -1), "plus": (0, 1, 2, 3, -2, -1)}  # words of --protect for blocks at both ends
 
 
@@ -57,7 +60,7 @@ def select(
     """Choose the units to drop for a budget, and write down why.
 
     ``unit`` is the kind of units that may go; ``protect`` lists units that must stay (``"none"`` lifts the default, the
-    attention of block 0); ``select`` is by default ``greedy`` for the loss and its like, ``lowest`` for other metrics.
+    attention of block 0); ``select`` is by default ``greedy:per=budget`` for the loss and its like, else ``lowest``.
     ``options`` are those of ``ModelOracle``.
     Raises ``BudgetError`` for impossible budgets, ``OptionError`` for unknown names.
     """
@@ -65,6 +68,21 @@ def select(
     units = amount.candidates(model.layout, candidates(model.layout, unit, protect))
     asked = oracle(model, data, metric=metric, units=units, **options)
     return choose(asked, amount, units, unit=unit, select=select, seed=data.seed, recipe=recipe)
+
+
+def stability(
+    model: Model, budget: str, again: Iterable[Data | Mixture], *, memo: Path | None = None, **choice: Any
+) -> dict[str, Any]:
+    """How often each unit is chosen when the calibration rows are drawn anew: noise does not choose the same twice.
+
+    ``again`` are the other draws, ``choice`` what ``select`` is given; each draw has a memo of its own.
+    """
+    times: Counter[str] = Counter()
+    draws = 0
+    for draws, data in enumerate(again, start=1):
+        own = None if memo is None else memo.with_name(f"{memo.stem}-draw-{draws}{memo.suffix}")
+        times.update(str(unit) for unit in select(model, budget, data=data, memo=own, **choice).drop)
+    return {"draws": draws, "chosen": dict(times.most_common())}
 
 
 def settle(budget: str, unit: str, layout: Layout) -> tuple[Budget, str]:
@@ -136,7 +154,7 @@ def choose(
     recipe: str | None = None,
 ) -> Plan:
     """Run a selector on an oracle and write the plan. Raises ``OptionError`` where the metric cannot lead it."""
-    select = select or ("greedy" if oracle.metric == oracle.measure else "lowest")
+    select = select or (SEARCH if oracle.metric == oracle.measure else "lowest")
     name, function, options = find("selectors", select)
     agree(name, oracle.metric)
     selection: Selection = function(oracle, units, budget, **options)

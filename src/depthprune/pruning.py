@@ -12,7 +12,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from depthprune.files import place, read_json, why, write_json
 from depthprune.mixed import AnyOracle, oracle
 from depthprune.model import Model, load
 from depthprune.plan import Plan
-from depthprune.planning import candidates, choose, protected, settle
+from depthprune.planning import candidates, choose, protected, settle, stability
 from depthprune.report import report
 from depthprune.scores import Scores
 from depthprune.surgery import drop
@@ -49,6 +49,7 @@ class Settings:
     select: str | None = None
     protect: str | None = None
     recipe: str | None = None
+    stability: int = 0
     text: str | None = None
     sequences: int = 64
     length: int = 512
@@ -116,6 +117,10 @@ def prune(
             asked, budget, units, unit=unit, select=settings.select, seed=settings.seed, recipe=settings.recipe
         )
         write_json(out / "scores.json", scores(asked, unit, settings))
+        if settings.stability:
+            stable = _stability(settings, model, unit, console, out)
+            console.say(tables.stable(stable, plan.drop))
+            plan = replace(plan, why={**plan.why, "stability": stable})
         plan.save(out / "plan.json")
     plan = Plan.load(out / "plan.json")
     console.say(f"dropping {plan.describe()}, measured {plan.why.get('evaluations')} variants")
@@ -137,6 +142,32 @@ def prune(
         console.say("measuring speed, the two in turn")
         write_json(out / "bench.json", speed(pair, seed=settings.seed))
     return _conclude(out, console)
+
+
+def _stability(settings: Settings, model: Model, unit: str, console: Console, out: Path) -> dict[str, Any]:
+    """Choose again on other draws of the calibration rows."""
+    seeds = range(settings.seed + 1, settings.seed + settings.stability + 1)
+    return stability(
+        model,
+        settings.drop,
+        (_rows(settings, model, settings.sequences, seed) for seed in seeds),
+        unit=unit,
+        metric=settings.metric,
+        select=settings.select,
+        protect=settings.protect,
+        memory=settings.memory,
+        memo=out / "losses.jsonl",
+        show=console.show,
+    )
+
+
+def _rows(settings: Settings, model: Model, sequences: int, seed: int) -> Data | Mixture:
+    """Calibration rows; those of a recipe are cut to the model's positions, as papers had longer models."""
+    length, most = settings.length, model.positions
+    if settings.recipe is not None and most is not None:
+        length = min(length, most)
+    options: dict[str, Any] = {"length": length, "seed": seed, "field": settings.field}
+    return calibrate(settings.data, model.tokenizer, sequences=sequences, **options)
 
 
 def _files(settings: Settings) -> tuple[str, ...]:
@@ -244,13 +275,10 @@ def command(settings: Settings, out: Path) -> str:
 
 def _texts(settings: Settings, model: Model, console: Console) -> tuple[Data | Mixture, Windows]:
     """The calibration rows, and the windows to evaluate on: another text, or rows of the same that are not used."""
-    length = settings.length
-    if settings.recipe is not None:  # papers had longer models
-        length = min(length, model.positions or length)
-    options: dict[str, Any] = {"length": length, "seed": settings.seed, "field": settings.field}
     if settings.text is not None:
-        data = calibrate(settings.data, model.tokenizer, sequences=settings.sequences, **options)
-        window = length if settings.window is None else settings.window
+        data = _rows(settings, model, settings.sequences, settings.seed)
+        window = min(settings.length, model.positions or settings.length)
+        window = window if settings.window is None else settings.window
         cut: dict[str, Any] = {
             "window": window,
             "stride": settings.stride,
@@ -259,13 +287,12 @@ def _texts(settings: Settings, model: Model, console: Console) -> tuple[Data | M
         }
         return data, windows(settings.text, model.tokenizer, **cut)
     extra = max(1, settings.sequences // 2)
-    drawn = calibrate(settings.data, model.tokenizer, sequences=settings.sequences + extra, **options)
-    if isinstance(drawn, Mixture) or drawn.scored is not None:
-        raise OptionError(f"{drawn.name} is a task: give --text FILE, a text to evaluate on")
-    rows = drawn
+    rows = _rows(settings, model, settings.sequences + extra, settings.seed)
+    if isinstance(rows, Mixture) or rows.scored is not None:
+        raise OptionError(f"{rows.name} is a task: give --text FILE, a text to evaluate on")
     if rows.sequences < 2:
         raise DepthpruneError(
-            f"{rows.name} holds one sequence of {length} tokens: too few to choose and evaluate on; "
+            f"{rows.name} holds one sequence of {rows.length} tokens: too few to choose and evaluate on; "
             f"give more text, --text FILE, or a smaller --length"
         )
     held = min(extra, max(1, rows.sequences // 3))
@@ -275,7 +302,7 @@ def _texts(settings: Settings, model: Model, console: Console) -> tuple[Data | M
     console.say(f"no --text: evaluating on {others} of the calibration text; an independent text is better")
     scored = held_out.mask.clone()
     scored[:, 0] = False
-    return data, Windows(held_out, scored, length)
+    return data, Windows(held_out, scored, rows.length)
 
 
 def scores(oracle: AnyOracle, unit: str, settings: Settings) -> dict[str, Any]:

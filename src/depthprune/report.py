@@ -93,6 +93,7 @@ def view(run: Run) -> dict[str, Any]:
         "why": why,
         "steps": steps,
         "scored": any(step.score is not None for step in steps),
+        "stable": any(step.again for step in steps),
         "curve": curve,
         "curve_has_errors": curve is not None and any(point.step.se for point in curve.points),
         "uneven": any(unit.sublayer for unit in net.dropped),
@@ -214,6 +215,7 @@ class Removal:
     se: float | None
     score: float | None
     ties: str
+    again: str = ""  # in how many other draws of the calibration rows it was chosen too
 
 
 def _dense_loss(run: Run) -> float | None:
@@ -233,6 +235,8 @@ def _steps(run: Run, net: Network) -> list[Removal]:
     if not steps:
         return [Removal(str(unit), net.kinds[unit], None, None, None, None, "") for unit in run.plan.units("drop")]
     found, before = [], _dense_loss(run)
+    stable = run.plan.part("why").part("stability")
+    draws, chosen = stable.number("draws"), stable.part("chosen")
     for step in steps:
         loss, rise, score = step.number("loss"), step.number("rise"), step.number("score")
         if rise is None and loss is not None and before is not None:
@@ -240,7 +244,8 @@ def _steps(run: Run, net: Network) -> list[Removal]:
         before = loss
         ties = ", ".join(map(str, step.units("ties")))
         unit = step.text("unit") or ""
-        found.append(Removal(unit, net.kinds[Unit.parse(unit)], loss, rise, step.finite("se"), score, ties))
+        again = f"{chosen.number(unit) or 0:.0f} of {draws:.0f}" if draws else ""
+        found.append(Removal(unit, net.kinds[Unit.parse(unit)], loss, rise, step.finite("se"), score, ties, again))
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.table import Table
 
 from depthprune.console import human, table
+from depthprune.units import Unit
 
 if TYPE_CHECKING:
     from depthprune.layout import Layout
@@ -95,10 +96,11 @@ def compared(value: Mapping[str, Any]) -> Group:
                 f"{row['perplexity'] / dense:.3f}x",
                 "best" if gap is None else f"+{gap[0]:.3f}±{gap[1]:.3f}",
                 f"{row['evaluations']:,}",
+                f"{row['work']:.0f}",
                 f"{row['seconds']:.1f}",
             )
         )
-    columns = ("recipe", "cut", "left", "perplexity", "ratio", "above best", "models", "seconds")
+    columns = ("recipe", "cut", "left", "perplexity", "ratio", "above best", "models", "passes", "seconds")
     title = f"{value['budget']} of {value['model']['id']}; {value['text']['name']}; dense {dense:.2f}"
     return Group(table(columns, rows, title), *notes)
 
@@ -111,6 +113,17 @@ def agreement(value: Mapping[str, Any]) -> Group:
     rows = [(u["unit"], u["kind"], *(str(rank) for rank in u["ranks"]), str(u["apart"])) for u in value["units"][:12]]
     title = f"ranks of the units that differ most, of {len(value['units'])} (1 goes first)"
     return Group(first, table(("unit", "kind", *sources, "apart"), rows, title))
+
+
+def stable(value: Mapping[str, Any], drop: Sequence[Unit]) -> str:
+    """How often each unit of a plan was chosen again on other draws, and what else was chosen as often."""
+    draws, chosen = value["draws"], value["chosen"]
+    mine = ", ".join(f"{unit} {chosen.get(str(unit), 0)}" for unit in drop)
+    others = [
+        f"{unit} {times}" for unit, times in chosen.items() if times * 2 >= draws and Unit.parse(unit) not in drop
+    ]
+    rest = f"; chosen there at least half of the time, and not here: {', '.join(others)}" if others else ""
+    return f"chosen again in {draws} other draws of the calibration rows: {mine}{rest}"
 
 
 def conclusion(summary: Mapping[str, Any], out: Path, page: Path, *, passed: bool) -> str:
