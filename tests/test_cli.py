@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,25 +16,27 @@ import torch
 import typer
 from safetensors.torch import load_file, save_file
 
-from command import SMALL, copy, leftovers, run
-from depthprune import __version__, cli, oracle, registry
+from command import SMALL, WORDS, copy, leftovers, run
+from depthprune import __version__, options, oracle, recipes, registry
 from depthprune.metrics import stream
 from depthprune.plan import Plan
 from depthprune.scores import Scores
 from depthprune.units import Unit
 
-COMMANDS = sorted(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+COMMANDS = sorted(typer.main.get_command(options.app).commands)  # type: ignore[attr-defined]
 OPTIONS = {
     "inspect": "--tokenizer --revision --allow-pickle --trust-remote-code",
     "score": "--data --metric --unit --sequences --length --field --memory --out",
-    "plan": "--drop --data --unit --metric --select --protect --out",
+    "plan": "--drop --data --unit --metric --select --protect --recipe --stability --sequences --length --out",
     "drop": "--stand-in --form --out",
     "check": "--against --tokenizer --revision --allow-pickle --trust-remote-code",
     "eval": "--text --window --stride --windows --field --out",
     "bench": "--batch --prompt --new --repeats --out",
     "export": "--form --out --tokenizer --revision --allow-pickle --trust-remote-code",
     "report": "--open",
-    "prune": "--drop --data --out --demo --recover --text --form --no-bench --resume --overwrite --memory --protect",
+    "prune": "--drop --data --out --demo --recover --text --form --no-bench --resume --overwrite --memory --protect "
+    "--recipe --stability",
+    "compare": "--data --recipes --drop --text --window --windows --metric --unit --sequences --length --memory --out",
     "list": "",
 }
 COMMON = "--seed --device --dtype --quiet --json --help"
@@ -80,6 +83,12 @@ def test_lists() -> None:
         shown, plain = run("list", what, "--json"), run("list", what)
         assert json.loads(shown.out) == list(registry.names(what)) and not shown.err
         assert plain.out.split() == json.loads(shown.out) or plain.out == f"no {what} in this release\n"
+
+
+def test_recipes_are_listed_with_what_they_do() -> None:
+    assert json.loads(run("list", "recipes", "--json").out) == list(recipes.names())
+    lines = run("list", "recipes").out.splitlines()
+    assert [line.split(maxsplit=1) for line in lines] == [[n, recipes.load(n).title] for n in recipes.names()]
 
 
 def test_inspect_shows_every_unit(desk: Path) -> None:
@@ -143,6 +152,96 @@ def test_the_same_seed_gives_the_same_plan(desk: Path) -> None:
     a, b, c = (Path(name).read_text() for name in ("a.json", "b.json", "c.json"))
     assert a == b
     assert json.loads(a)["why"]["data"]["digest"] != json.loads(c)["why"]["data"]["digest"]
+
+
+def test_a_recipe_chooses_as_its_paper_does(desk: Path) -> None:
+    words = ("plan", "model", "--drop", "1 block", "--data", "text.txt", "--recipe", "sleb", "--out")
+    assert run(*words, "sleb.json").code == 0
+    plan = Plan.load("sleb.json")
+    told = {name: plan.why[name] for name in ("recipe", "unit", "metric", "select", "seed")}
+    assert told == {"recipe": "sleb", "unit": "block", "metric": "loss", "select": "greedy:exact=true", "seed": 0}
+    assert (plan.why["data"]["sequences"], plan.why["data"]["length"]) == (4, 128)  # 2048 in the paper's models
+    assert {plan.drop[0].block} <= {1, 2} and plan.why["evaluations"] == 3  # all but the ends, and the dense model
+    spelt = ("plan", "model", "--drop", "1 block", "--data", "text.txt", "--select", "greedy:exact=true")
+    assert run(*spelt, "--protect", "0,3", "--sequences", "4", "--length", "128", "--out", "spelt.json").code == 0
+    by_hand = Plan.load("spelt.json")
+    assert (by_hand.drop, by_hand.why["steps"]) == (plan.drop, plan.why["steps"])
+
+
+def test_what_is_given_wins_over_the_recipe(desk: Path) -> None:
+    words = ("plan", "model", "--drop", "1 unit", "--data", "text.txt", "--recipe", "blockpruner", *SMALL)
+    assert run(*words, "--unit", "mlp", "--metric", "kl", "--seed", "7", "--out", "plan.json").code == 0
+    why = Plan.load("plan.json").why
+    told = {name: why[name] for name in ("recipe", "unit", "metric", "select", "seed")}
+    assert told == {
+        "recipe": "blockpruner",
+        "unit": "mlp",
+        "metric": "kl",
+        "select": "greedy:exact=true",
+        "seed": 7,
+    }
+    assert (why["data"]["sequences"], why["data"]["length"]) == (8, 32)
+
+
+def test_a_recipe_of_ones_own(desk: Path) -> None:
+    Path("mine.toml").write_text('title = "Mine"\nunit = "any"\nmetric = "l2"\nselect = "joint:per=parameters"\n')
+    words = ("--drop", "2 units", "--data", "text.txt", *SMALL, "--out", "plan.json")
+    assert run("plan", "model", "--recipe", "mine.toml", *words).code == 0
+    why = Plan.load("plan.json").why
+    assert (why["recipe"], why["metric"], why["select"]) == ("mine.toml", "l2", "joint:per=parameters")
+
+
+@pytest.fixture
+def quiz(desk: Path) -> str:
+    """A task on the desk, by the name that ``--data`` takes."""
+    draw = random.Random(1)
+
+    def said(count: int) -> str:
+        return " ".join(f"w{draw.randrange(WORDS)}" for _ in range(count))
+
+    rows = [{"prompt": said(9), "choices": [said(2) for _ in "ABCD"], "answer": draw.randrange(4)} for _ in range(20)]
+    Path("quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return "task:quiz.jsonl"
+
+
+def test_tasks_choose_alone_and_with_text(desk: Path, quiz: str) -> None:
+    words = ("plan", "model", "--drop", "2 units", *SMALL, "--out", "plan.json", "--data")
+    assert run(*words, quiz, "--metric", "error").code == 0
+    why = Plan.load("plan.json").why
+    assert (why["metric"], why["data"]["name"], why["data"]["sequences"]) == ("error", quiz, 8)
+    assert {round(step["loss"] * 8, 9) % 1 for step in why["steps"]} == {0}  # shares of eight questions
+    assert run(*words, f"text.txt=0.75,{quiz}=0.25").code == 0
+    parts = Plan.load("plan.json").why["data"]["parts"]
+    assert [(part["name"], part["weight"]) for part in parts] == [("text.txt", 0.75), (quiz, 0.25)]
+    assert parts[0]["sequences"] == 6 and parts[1]["sequences"] % 2 == 0  # a quarter of the eight are questions
+
+
+def test_compare_puts_recipes_and_importances_side_by_side(desk: Path, quiz: str) -> None:
+    words = ("compare", "model", "--drop", "25%", "--data", "text.txt", "--data", quiz, *SMALL, "--out", "compared")
+    names = ("depthprune", "sleb", "deeper-look-task")
+    done = run(*words, "--recipes", ",".join(names), "--text", "test.txt", "--window", "32", "--json", "--quiet")
+    assert done.code == 0 and not done.err, done.err
+    value = json.loads(done.out)
+    assert {row["recipe"] for row in value["rows"]} == set(names)
+    assert all(row["fraction"] >= 0.25 and row["perplexity"] > 1 for row in value["rows"])
+    for name in names:
+        plan = Plan.load(f"compared/plans/{name}.json")
+        assert plan.why["recipe"] == name
+        assert plan.why["data"]["name"] == (quiz if name == "deeper-look-task" else "text.txt")
+    assert {"compare.json", "compare.svg", "importances.json"} <= {path.name for path in Path("compared").iterdir()}
+    agreement = json.loads(Path("compared/importances.json").read_text())
+    assert agreement["sources"] == ["text.txt", quiz] and agreement["spearman"][0][0] == pytest.approx(1)
+    assert len(agreement["units"]) == 8 and {rank for unit in agreement["units"] for rank in unit["ranks"]} <= set(
+        range(1, 9)
+    )
+    again = run(*words, "--recipes", "none")
+    assert again.code == 0 and "rank correlation" in again.out
+    for missing, fault in (
+        (("--recipes", "none"), "--recipes none compares importances"),
+        ((), "compare needs --text"),
+    ):
+        bare = run("compare", "model", "--data", "text.txt", "--out", "other", *missing)
+        assert bare.code == 2 and bare.error.startswith(fault) and not Path("other").exists()
 
 
 def test_eval_and_bench_put_models_side_by_side(desk: Path) -> None:

@@ -185,6 +185,7 @@ def test_evaluation_texts(here: Path, text: str, fault: str) -> None:
     assert refused("eval", "model", "--text", text, "--out", "eval.json", code=1).startswith(fault)
 
 
+WHOLE = "goes by what whole plans cost (loss, kl, js, logit_distance, error), not by"
 USAGE = {
     "--drop 100%": "--drop '100%' leaves nothing of the model",
     "--drop 0": "--drop '0' drops nothing and has no measure; write '25%', '8 blocks'",
@@ -198,7 +199,14 @@ USAGE = {
     "--unit atention": "unknown unit 'atention'. Did you mean 'attention'?",
     "--metric cosin": "unknown metric 'cosin'. Did you mean 'cosine'?",
     "--metric cosine:toke=last": "cosine has no option 'toke'; it has: tokens",
-    "--metric cosine --select greedy": "greedy goes by the loss, not by cosine; choose --metric loss",
+    "--metric cosine --select greedy": f"greedy {WHOLE} cosine; "
+    "choose one of these as --metric, or --select lowest or iterative",
+    "--metric taylor:plus=true --select beam": f"beam {WHOLE} taylor; ",
+    "--recipe shortgpt --select evolve": f"evolve {WHOLE} cosine; ",
+    "--recipe slep": "unknown recipe 'slep'. Did you mean 'sleb'?",
+    "--recipe sleb:paper=true": "'paper=true' is no option of recipe 'sleb'; write sleb:code=true",
+    "--recipe shortgpt:code=true": "recipe 'shortgpt' knows no difference between paper and code",
+    "--recipe mine.toml": "cannot read the recipe mine.toml: No such file",
     "--form plain": "--form plain holds whole blocks only: add --unit block",
     "--form plain --drop 1_mlp": "--form plain holds whole blocks only: add --unit block",
     "--select gredy": "unknown selector 'gredy'. Did you mean 'greedy'?",
@@ -230,6 +238,25 @@ USAGE = {
 def test_usage(here: Path, words: str) -> None:
     given = [word.replace("_", " ") for word in words.split()]
     assert refused(*PRUNE, *given, code=2).startswith(USAGE[words])
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        ("--metric error", "the metric error needs questions with choices; text.txt has none"),
+        ("--select joint --unit block", "joint ranks attention and MLP sublayers, and 0 is a whole block; "),
+        (
+            "--metric angular --unit block --select contiguous:rule=first",
+            "contiguous:rule is one of distance, last, not",
+        ),
+        ("--drop loss<=+5% --metric kl", "--drop 'loss<=+5%' is a share of the dense model's loss, which is 0 under"),
+        ("--drop loss<=0.1", "--drop 'loss<=0.1' cannot be met: it allows a loss of 0.1000, the dense model has "),
+        ("--drop loss<=+5% --select evolve", "--drop 'loss<=+5%': evolve compares plans that free the same"),
+    ],
+)
+def test_what_only_a_search_can_refuse(here: Path, words: str, fault: str) -> None:
+    plan = ("plan", "model", "--data", "text.txt", "--drop", "25%", *SMALL, "--out", "plan.json")
+    assert refused(*plan, *words.split(), code=2).startswith(fault)
 
 
 @pytest.mark.parametrize(

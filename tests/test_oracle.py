@@ -17,8 +17,10 @@ from depthprune.data import Data, digest
 from depthprune.errors import CheckpointError, OptionError
 from depthprune.model import Model, wrap
 from depthprune.oracle import ModelOracle
+from depthprune.plan import Plan
 from depthprune.planning import select
 from depthprune.scores import Losses, Scores, paired
+from depthprune.surgery import drop
 from depthprune.units import Unit, parse
 from depthprune.variants import losses
 from families import tiny
@@ -169,6 +171,7 @@ def test_a_memo_saves_every_measurement(model: Model, tmp_path: Path, measured: 
     answer = first.losses(asked)
     lines = [json.loads(line) for line in memo.read_text().splitlines()]
     assert lines[0] == {
+        "format": 2,
         "fingerprint": model.reference.fingerprint,
         "digest": text().digest,
         "dtype": "torch.float32",
@@ -289,3 +292,172 @@ def test_progress_and_notes_are_passed_on(model: Model) -> None:
         assert done == sorted(done) and len(total) == 1 and done[-1] == total.pop()
     assert notes == ["a line"]
     ModelOracle(model, text()).note("nobody listens")
+
+
+# Some of the rows
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[frozenset[Unit]], int, str]]:
+    """What reaches the engine: the sets, the number of rows, and the measure."""
+    calls: list[tuple[list[frozenset[Unit]], int, str]] = []
+
+    def counted(model: Model, data: Data, variants: Sequence[Iterable[Unit]], **options: Any) -> Losses:
+        calls.append(([frozenset(units) for units in variants], data.sequences, options.get("measure", "loss")))
+        return losses(model, data, variants, **options)
+
+    monkeypatch.setattr(module, "losses", counted)
+    return calls
+
+
+Pieces = list[tuple[list[frozenset[Unit]], int, str]]
+
+
+def test_only_the_rows_that_are_missing_are_measured(model: Model, pieces: Pieces) -> None:
+    data = text(rows=8, padded=False)
+    whole = losses(model, data, sets("", "1", "2"))
+    oracle = ModelOracle(model, data)
+    first = oracle.losses(sets("", "1"), rows=2)
+    np.testing.assert_allclose(first.nll, whole.nll[:2, :2], rtol=1e-6)
+    assert first.tokens.tolist() == whole.tokens[:2].tolist()
+    second = oracle.losses(sets("2", "1", ""), rows=5)
+    np.testing.assert_allclose(second.nll, whole.nll[[2, 1, 0], :5], rtol=1e-6)
+    np.testing.assert_allclose(oracle.losses(sets("1", ""), rows=3).nll, whole.nll[[1, 0], :3], rtol=1e-6)
+    np.testing.assert_allclose(oracle.losses(sets("", "1")).nll, whole.nll[:2], rtol=1e-6)
+    np.testing.assert_allclose(oracle.losses(sets("1"), rows=99).nll, whole.nll[1:2], rtol=1e-6)
+    assert pieces == [
+        (sets("", "1"), 2, "loss"),
+        (sets("2"), 5, "loss"),
+        (sets("1", ""), 3, "loss"),
+        (sets("", "1"), 3, "loss"),
+    ]
+
+
+def test_work_counts_parts_of_a_pass(model: Model) -> None:
+    oracle = ModelOracle(model, text(rows=8))
+    oracle.losses(sets("", "1"), rows=2)
+    assert (oracle.evaluations, oracle.work) == (2, 0.5)
+    oracle.losses(sets("1", "2"), rows=4)
+    assert (oracle.evaluations, oracle.work) == (3, 0.25 + 0.5 + 0.5)
+    oracle.losses(sets("1"))
+    oracle.losses(sets("1"), rows=3)
+    assert (oracle.evaluations, oracle.work) == (3, 0.25 + 1 + 0.5)
+    oracle.sample(sets("3", "3", "1"), 5, "loss")
+    assert (oracle.evaluations, oracle.work) == (4, 0.25 + 1 + 0.5 + 0.125)
+
+
+def test_samples_are_of_one_sequence_and_are_not_kept(model: Model, pieces: Pieces) -> None:
+    data = text(rows=4)
+    oracle, whole = ModelOracle(model, data), losses(model, data, sets("1", "2.mlp", "1"))
+    found = oracle.sample(sets("1", "2.mlp", "1"), 2, "loss")
+    np.testing.assert_allclose(found.nll, whole.nll[:, 2:3], rtol=1e-6)
+    oracle.losses(sets("1"))
+    assert [(len(gone), rows) for gone, rows, _ in pieces] == [(3, 1), (1, 4)]
+
+
+def test_what_one_metric_measures_another_knows(model: Model, pieces: Pieces) -> None:
+    oracle = ModelOracle(model, text(), metric="cosine")
+    other = oracle.asking("kl")
+    asked = sets("", "1", "2")
+    mine = oracle.losses(asked)
+    assert oracle.measure == "loss" and other.measure == "kl" and oracle.metric == "cosine"
+    assert other.losses(asked, measure="loss").nll.tolist() == mine.nll.tolist() and len(pieces) == 1
+    far = other.losses(asked)  # another measure is another question
+    assert [measure for _, _, measure in pieces] == ["loss", "kl"] and far.nll[1, 0] != mine.nll[1, 0]
+    assert oracle.losses(asked, measure="kl").nll.tolist() == far.nll.tolist() and len(pieces) == 2
+    assert oracle.evaluations == other.evaluations == 3  # of models, however often each was looked at
+    assert oracle.streams("all") is oracle.asking("l2").streams("all")
+    assert list(oracle.asking("l2").scores()) == list(oracle.scores()) != []
+
+
+def test_all_sublayers_of_a_block_are_the_block(model: Model, measured: list[list[frozenset[Unit]]]) -> None:
+    oracle = ModelOracle(model, text())
+    found = oracle.losses(sets("1", "1.self_attn 1.mlp", "1 1.mlp"))
+    assert measured == [sets("1")] and oracle.evaluations == 1
+    assert found.nll[0].tolist() == found.nll[1].tolist() == found.nll[2].tolist()
+
+
+def test_a_memo_with_some_rows_goes_on(model: Model, tmp_path: Path, pieces: Pieces) -> None:
+    memo, data = tmp_path / "losses.jsonl", text(rows=6)
+    first = ModelOracle(model, data, memo=memo)
+    first.losses(sets("", "1"), rows=2)
+    first.losses(sets("1"), rows=5)
+    first.losses(sets("1"), measure="kl", rows=3)
+    lines = [json.loads(line) for line in memo.read_text().splitlines()[1:]]
+    assert [(line["measure"], len(line["nll"])) for line in lines] == [("loss", 2), ("loss", 2), ("loss", 3), ("kl", 3)]
+    pieces.clear()
+    again = ModelOracle(model, data, memo=memo)
+    np.testing.assert_allclose(again.losses(sets("", "1")).nll, losses(model, data, sets("", "1")).nll, rtol=1e-6)
+    kl = again.losses(sets("1"), measure="kl")
+    np.testing.assert_allclose(kl.nll, losses(model, data, sets("1"), measure="kl").nll, rtol=1e-4)
+    assert pieces == [(sets(""), 4, "loss"), (sets("1"), 1, "loss"), (sets("1"), 3, "kl")]
+    pieces.clear()
+    for cut in range(1, len(memo.read_bytes()), 97):  # cut anywhere: what is left is used, the rest measured again
+        memo.write_bytes(memo.read_bytes()[:-cut])
+        final = ModelOracle(model, data, memo=memo).losses(sets("", "1"), rows=4)
+        np.testing.assert_allclose(final.nll, losses(model, data, sets("", "1")).nll[:, :4], rtol=1e-6)
+
+
+def test_a_searched_race_resumes(model: Model, tmp_path: Path, pieces: Pieces) -> None:
+    memo, data = tmp_path / "losses.jsonl", text(rows=8)
+    plan = select(model, "3 units", data=data, select="greedy:race=4", memo=memo)
+    total, whole = sum(len(gone) * rows for gone, rows, _ in pieces), memo.read_bytes()
+    for cut in (len(whole), len(whole) // 2, 300):
+        memo.write_bytes(whole[:cut])
+        pieces.clear()
+        assert select(model, "3 units", data=data, select="greedy:race=4", memo=memo) == plan
+        assert sum(len(gone) * rows for gone, rows, _ in pieces) < total or cut == 300
+    assert plan.why["work"] < plan.why["evaluations"]
+
+
+# Scores once some units are gone
+
+
+def renumbered(unit: Unit, gone: frozenset[Unit]) -> Unit:
+    """The name of a unit in a model from which whole blocks were taken."""
+    return Unit("", unit.block - sum(not other.sublayer and other.block < unit.block for other in gone), unit.sublayer)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2", "taylor", "magnitude", "loss", "kl", "logit_distance", "banzhaf"])
+@pytest.mark.parametrize("names", ["1", "2.mlp", "1 2.self_attn", "0 3"])
+def test_scores_without_units_are_those_of_the_dropped_model(metric: str, names: str, model: Model) -> None:
+    data, gone = text(padded=True), sets(names)[0]
+    oracle = ModelOracle(model, data, metric=metric)
+    found = oracle.scored(gone)
+    dropped = drop(model, Plan(model.reference, tuple(sorted(gone))))
+    units = {unit: renumbered(unit, gone) for unit in found.values}
+    assert set(units) == {u for u in model.layout.units("any") if u not in gone and u.whole not in gone}
+    want = ModelOracle(dropped, data, metric=metric, units=tuple(units.values())).scored()
+    for unit, other in units.items():
+        assert found.values[unit] == pytest.approx(want.values[other], rel=1e-4, abs=1e-6), unit
+        if unit in found.errors or other in want.errors:
+            assert found.errors[unit] == pytest.approx(want.errors[other], rel=1e-3, abs=1e-6)
+    dense = oracle.scores()
+    assert any(abs(dense[unit] - found.values[unit]) > 1e-4 for unit in units) == (metric != "magnitude")
+
+
+@pytest.mark.parametrize("metric", ["kl", "js", "logit_distance"])
+def test_distances_from_a_thinner_model_are_not_taken_for_those_from_the_dense_one(
+    metric: str, model: Model, tmp_path: Path
+) -> None:
+    """Scores once block 1 is gone ask how far the rest moves it; losses, how far from the dense model a plan is."""
+    data, base, memo = text(), sets("1")[0], tmp_path / "losses.jsonl"
+    both = sets("1", "1 2.mlp")
+    oracle = ModelOracle(model, data, metric=metric, memo=memo)
+    oracle.scores(base)
+    fresh = losses(model, data, both, measure=metric)
+    np.testing.assert_allclose(oracle.losses(both).nll, fresh.nll, rtol=1e-5)
+    again = ModelOracle(model, data, metric=metric, memo=memo)
+    np.testing.assert_allclose(again.losses(both).nll, fresh.nll, rtol=1e-5)
+    assert again.scores(base) == oracle.scores(base)
+    dropped = drop(model, Plan(model.reference, tuple(base)))
+    far = losses(dropped, data, sets("1.mlp"), measure=metric).mean()[0]
+    assert again.scores(base)[Unit.parse("2.mlp")] == pytest.approx(far, rel=1e-4)
+    assert abs(far - fresh.mean()[1]) > 1e-3
+
+
+def test_losses_without_a_base_are_not_measured_again(model: Model, measured: list[list[frozenset[Unit]]]) -> None:
+    oracle = ModelOracle(model, text(), units=parse(["1", "2", "3"]))
+    oracle.losses(sets("1", "1 2", "1 3"))
+    oracle.scores(sets("1")[0])
+    assert len(measured) == 1 and oracle.evaluations == 3

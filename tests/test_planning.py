@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 
 import depthprune
 from depthprune.budget import Budget
@@ -16,13 +18,13 @@ from depthprune.layout import Layout
 from depthprune.model import Model, wrap
 from depthprune.oracle import ModelOracle
 from depthprune.plan import Plan
-from depthprune.planning import candidates, protected, score, select, settle
+from depthprune.planning import ENDS, SEARCH, candidates, protected, score, select, settle
 from depthprune.scores import Scores
 from depthprune.select.rank import Selection, Step
 from depthprune.surgery import drop
 from depthprune.units import Unit, parse
 from depthprune.variants import losses
-from families import tiny
+from families import FAMILIES, configuration, tiny
 
 
 def random_text() -> Data:
@@ -81,10 +83,29 @@ def test_none_protects_nothing(layout: Layout, none: str | Sequence[str]) -> Non
         (["0.self_attn", Unit("", 3)], "block", ["1", "2"]),
         ("0,1,2", "attention", ["3.self_attn"]),
         ("0,1,2,3", "any", []),
+        ("ends", "block", ["1", "2"]),
+        ("ends", "any", ["1.self_attn", "1.mlp", "2.self_attn", "2.mlp"]),
+        ("none,Ends,2.mlp", "mlp", ["1.mlp"]),
+        (["ends", Unit("", 1)], "block", ["2"]),
+        ("plus", "block", []),  # the first four and the last two: all that there are
     ],
 )
 def test_what_is_protected_stays(layout: Layout, given: str | list[str | Unit], unit: str, left: list[str]) -> None:
     assert candidates(layout, unit, given) == parse(left)
+
+
+@pytest.mark.parametrize(("word", "kept"), [("ends", {0, 11}), ("plus", {0, 1, 2, 3, 10, 11})])
+def test_words_for_both_ends(word: str, kept: set[int]) -> None:
+    family = replace(FAMILIES["llama"], options=FAMILIES["llama"].options | {"num_hidden_layers": 12})
+    long = wrap(transformers.LlamaForCausalLM(configuration(family)).eval(), None, "long").layout
+    assert {unit.block for unit in protected(long, "block", word)} == kept
+    assert {unit.block for unit in candidates(long, "any", word)} == set(range(12)) - kept
+    assert FIRST in protected(long, "any", word) and FIRST not in protected(long, "any", f"none,{word}")
+    assert FIRST not in candidates(long, "any", f"none,{word}")  # as block 0 is at an end
+
+
+def test_every_word_for_the_ends_holds_both() -> None:
+    assert all({0, -1} <= set(blocks) for blocks in ENDS.values())
 
 
 @pytest.mark.parametrize(
@@ -238,7 +259,7 @@ def test_wrong_names_are_told_the_right_ones(model: Model) -> None:
         select(model, "1 unit", data=DATA, select="gredy")
     with pytest.raises(OptionError, match=r"unknown metric 'los'\. Did you mean 'loss'"):
         score(model, DATA, "los")
-    with pytest.raises(OptionError, match="lowest has no option 'exact'; it has: none"):
+    with pytest.raises(OptionError, match="lowest has no option 'exact'; it has: per"):
         select(model, "1 unit", data=DATA, select="lowest:exact=true")
 
 
@@ -248,10 +269,11 @@ def test_scores_include_what_is_protected(model: Model) -> None:
 
 
 def test_the_metric_decides_how_units_are_chosen(model: Model) -> None:
-    assert select(model, "2 units", data=DATA).why["select"] == "greedy"
+    assert select(model, "2 units", data=DATA).why["select"] == SEARCH
+    assert select(model, "2 units", data=DATA, metric="kl").why["select"] == SEARCH
     ranked = select(model, "2 units", data=DATA, metric="angular:tokens=last")
     assert (ranked.why["select"], ranked.why["metric"]) == ("lowest", "angular:tokens=last")
-    with pytest.raises(OptionError, match="greedy goes by the loss, not by cosine"):
+    with pytest.raises(OptionError, match=r"^greedy goes by what whole plans cost \(loss, .*\), not by cosine;"):
         select(model, "2 units", data=DATA, metric="cosine", select="greedy")
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from command import SMALL, furnish, hold, interrupt, leftovers, run
-from depthprune import oracle, pruning
+from depthprune import oracle, planning, pruning
 from depthprune.export import Proof, hf
 from depthprune.plan import Plan
 
@@ -107,6 +107,25 @@ def test_quiet_says_nothing_on_the_way(desk: Path) -> None:
     assert done.code == 0 and not done.err
     assert "every one held" in done.out and not Path("run/bench.json").exists()
     assert "loading model" in Path("run/log.txt").read_text()
+
+
+@pytest.mark.usefixtures("unproven")
+def test_a_run_by_a_recipe(desk: Path) -> None:
+    words = ("prune", "model", "--data", "text.txt", "--drop", "2 units", "--no-bench", "--sequences", "8")
+    done = run(*words, "--recipe", "llm-drop-joint", "--out", "run")
+    assert done.code == 0, done.err
+    plan = Plan.load("run/plan.json")
+    told = {name: plan.why[name] for name in ("recipe", "metric", "select", "unit")}
+    assert told == {"recipe": "llm-drop-joint", "metric": "cosine", "select": "joint", "unit": "any"}
+    assert plan.why["data"]["length"] == 128 and plan.why["data"]["sequences"] == 8  # as many as the model has
+    settings = read("run/run.json")["settings"]
+    assert settings["recipe"] == "llm-drop-joint" and settings["protect"] == "none"
+    scores = {unit: entry["score"] for unit, entry in read("run/scores.json")["metrics"]["cosine"]["units"].items()}
+    assert [str(unit) for unit in plan.drop] == sorted(scores, key=scores.__getitem__)[:2]
+    again = run(*words, "--recipe", "llm-drop-joint", "--out", "run", "--resume")
+    assert again.code == 0, again.err
+    other = run(*words, "--recipe", "llm-drop-mlp", "--out", "run", "--resume")
+    assert other.code == 2 and "run was started with other settings: " in other.error
 
 
 @pytest.mark.usefixtures("unproven")
@@ -206,7 +225,7 @@ def test_the_scores_of_a_run_are_those_that_chose(metric: str, desk: Path) -> No
     chose = {unit: entry["score"] for unit, entry in metrics[metric]["units"].items()}
     assert str(plan.drop[0]) == min(chose, key=chose.__getitem__)
     if metric == "loss":
-        assert plan.why["select"] == "greedy" and next(iter(metrics)) == "loss"
+        assert plan.why["select"] == planning.SEARCH and next(iter(metrics)) == "loss"
     else:
         assert plan.why["select"] == "lowest" and [str(unit) for unit in plan.drop] == sorted(chose, key=chose.get)[:2]
         assert "loss" not in metrics and not Path("run/losses.jsonl").exists()

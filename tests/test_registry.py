@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from depthprune import registry
+from depthprune import recipes, registry
 from depthprune.errors import OptionError
-from depthprune.registry import TABLES, find, names
+from depthprune.registry import MEASURED, SEARCHES, TABLES, agree, find, names
 
 
 def sample(
@@ -117,6 +118,24 @@ def test_the_options_that_papers_ask_for() -> None:
     assert find("selectors", "greedy:refresh=4")[2] == {"refresh": 4}
 
 
+@pytest.mark.parametrize("selector", TABLES["selectors"])
+def test_searches_by_whole_plans_need_a_metric_of_whole_plans(selector: str) -> None:
+    metrics = [name for name in TABLES["metrics"] if name not in ("sample", "evaluated")]
+    refused = []
+    for metric in metrics:
+        try:
+            agree(selector, metric)
+        except OptionError as error:
+            says = f"{selector} goes by what whole plans cost ({', '.join(MEASURED)}), not by {metric}; "
+            assert str(error).startswith(says) and "--select lowest or iterative" in str(error)
+            refused.append(metric)
+    assert refused == ([name for name in metrics if name not in MEASURED] if selector in SEARCHES else [])
+
+
+def test_what_agrees_is_in_the_tables() -> None:
+    assert set(MEASURED) <= set(TABLES["metrics"]) and set(SEARCHES) <= set(TABLES["selectors"])
+
+
 def test_a_function_stands_for_itself() -> None:
     assert find("metrics", sample) == ("sample", sample, {})
 
@@ -176,3 +195,33 @@ def test_without_the_outsider_its_name_is_unknown() -> None:
     with pytest.raises(OptionError, match="unknown metric 'mine'"):
         find("metrics", "mine")
     assert registry.names("recoverers") == ()
+
+
+# Names in the documentation
+
+
+def undocumented(text: str) -> list[str]:
+    """The metrics, selectors, their options and the recipes that a page does not name."""
+    missing = []
+    for table in ("metrics", "selectors"):
+        for name in TABLES[table]:
+            if name in ("sample", "evaluated"):
+                continue
+            said = next((part for part in text.split("\n") if re.match(rf"(\| )?`{name}`( \||:)", part)), None)
+            if said is None:
+                missing.append(name)
+                continue
+            start = text.index(said)  # a row of a table, or a paragraph
+            place = said if said.startswith("|") else text[start:].split("\n\n")[0]
+            parameters = inspect.signature(find(table, name)[1]).parameters.values()
+            options = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+            missing += [f"{name}:{option}" for option in options if f"`{option}=" not in place]
+    return missing + [name for name in recipes.names() if f"`{name}`" not in text.partition("## Recipes")[2]]
+
+
+def test_every_name_and_option_is_documented() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert undocumented(page) == []
+    assert undocumented(page.replace("`subsets=10`", "ten")) == ["banzhaf:subsets"]  # and its twins
+    assert undocumented(page.replace("| `beam` |", "| beam |")) == ["beam"]
+    assert undocumented(page.replace("`sleb`", "sleb")) == ["sleb"]

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from depthprune import recipes
+from depthprune.budget import Budget
 from depthprune.console import Console
 from depthprune.data import Data, Mixture, calibrate
-from depthprune.errors import BudgetError, OptionError
+from depthprune.errors import BudgetError, DepthpruneError, OptionError
 from depthprune.evaluate import Windows
 from depthprune.files import read_json, write_json, write_text
 from depthprune.mixed import AnyOracle, oracle
@@ -79,6 +80,8 @@ def compare(
     Raises ``OptionError`` for unknown recipes, ``BudgetError`` for a budget that no recipe can meet.
     """
     chosen = [recipes.load(name) for name in names]
+    Budget.parse(budget, model.layout)  # text that is no budget is out of reach of every recipe
+    out.mkdir(parents=True, exist_ok=True)
     asked = replace(text.data, scored=text.scored)
     test = ModelOracle(model, asked, memory=memory, memo=out / "test.jsonl", show=console.show)
     dense = float(test.losses([frozenset()]).mean()[0])
@@ -106,17 +109,21 @@ def compare(
         options = {"sequences": sequences, "length": length, "seed": seed}
         try:
             plan, row = _choose(model, budget, recipe, data, console, memory=memory, field=field, **options)
-        except (BudgetError, OptionError) as error:
+        except DepthpruneError as error:
             rows[recipe.spec] = _row(recipe, note=str(error))
             continue
         gone = frozenset(plan.drop)
         loss = float(test.losses([gone]).mean()[0])
+        if not math.isfinite(loss):
+            rows[recipe.spec] = replace(row, note=f"without {', '.join(row.drop)} there is no finite loss on the text")
+            continue
         rows[recipe.spec] = replace(row, loss=loss, perplexity=math.exp(min(loss, 700.0)))
         plan.save(out / "plans" / f"{_file(recipe.spec)}.json")
         write_json(out / "compare.json", head | {"rows": [asdict(row) for row in rows.values()]})
     if all(row.loss is None for row in rows.values()):
         raise BudgetError("; ".join(f"{row.recipe}: {row.note}" for row in rows.values()))
-    ordered = sorted(rows.values(), key=lambda row: math.inf if row.loss is None else row.loss)
+    # those that met the budget first, the best of them ahead: others cannot be compared with them
+    ordered = sorted(rows.values(), key=lambda row: (row.note != "", math.inf if row.loss is None else row.loss))
     value = head | {"rows": [asdict(row) | {"behind": behind(test, ordered, row)} for row in ordered]}
     write_json(out / "compare.json", value)
     write_text(out / "compare.svg", plot(value))
@@ -180,8 +187,6 @@ def _choose(
         plan = _plan(asked, budget, able, recipe)
     except BudgetError as error:
         half = max(1, len(model.layout.units(recipe.unit)) // 2)
-        if str(half) in budget:
-            raise
         plan = _plan(asked, f"{half} {'units' if recipe.unit == 'any' else recipe.unit}", able, recipe)
         note = f"half of its units instead ({error})"
     seconds = time.perf_counter() - start
@@ -293,7 +298,7 @@ def plot(value: Mapping[str, Any]) -> str:
         long = min(max((ratio - 1) * scale, 1.0), _WIDE)
         kind = "own" if row["recipe"].startswith("depthprune") else "bar"
         more = "…" if ratio > largest * 1.0001 else ""
-        cost = f"{row['fraction']:.1%}, {row['evaluations']:,} models, {row['seconds']:.3g} s"
+        cost = f"{row['fraction']:.1%}, {row['evaluations']:,} models, {row['seconds']:.1f} s"
         parts += [
             f'<text x="{_NAME - 8}" y="{y + 15}" text-anchor="end">{_safe(row["recipe"])}</text>',
             f'<rect class="{kind}" x="{_NAME}" y="{y + 3}" width="{long:.1f}" height="{_LINE - 8}" rx="2">'

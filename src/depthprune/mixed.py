@@ -124,8 +124,8 @@ class MixedOracle:
 
     def losses(self, gone: Sequence[frozenset[Unit]], *, rows: int | None = None) -> Losses:
         """The losses of the model without each of these sets of units, on the same share of every part."""
-        share = 1.0 if rows is None else rows / self.sequences
-        each = [part.losses(gone, rows=math.ceil(part.sequences * share)) for part in self.parts]
+        rows, count = self.sequences if rows is None else rows, self.sequences
+        each = [part.losses(gone, rows=-(-part.sequences * rows // count)) for part in self.parts]
         total = sum(float(losses.tokens.sum()) for losses in each)
         scales = [w * total / float(losses.tokens.sum()) for w, losses in zip(self.weights, each, strict=True)]
         nll = [losses.nll * scale for losses, scale in zip(each, scales, strict=True)]

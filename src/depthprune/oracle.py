@@ -168,12 +168,12 @@ class ModelOracle:
         the data do not have.
         """
         measure = measure or self.measure
-        tokens = self._tokens(measure)
+        tokens, key = self._tokens(measure), self._key(measure)
         rows = min(rows or len(tokens), len(tokens))
         wanted = [self._canonical(units) for units in gone]
         missing: dict[int, list[frozenset[Unit]]] = {}
         for units in dict.fromkeys(wanted):
-            have = len(self._known.get((measure, units), ()))
+            have = len(self._known.get((key, units), ()))
             if have < rows:
                 missing.setdefault(have, []).append(units)
             self._asked[units] = max(self._asked.get(units, 0.0), rows / len(tokens))
@@ -183,10 +183,10 @@ class ModelOracle:
             for units, values in zip(several, found.nll, strict=True):
                 if not units and not np.isfinite(values).all():
                     raise self._broken("the loss")
-                before = self._known.get((measure, units), np.empty(0))
-                self._known[measure, units] = np.concatenate([before, values])
-                self._write({"gone": sorted(map(str, units)), "measure": measure, "nll": values.tolist()})
-        return Losses(np.stack([self._known[measure, units][:rows] for units in wanted]), tokens[:rows])
+                before = self._known.get((key, units), np.empty(0))
+                self._known[key, units] = np.concatenate([before, values])
+                self._write({"gone": sorted(map(str, units)), "measure": key, "nll": values.tolist()})
+        return Losses(np.stack([self._known[key, units][:rows] for units in wanted]), tokens[:rows])
 
     def sample(self, gone: Sequence[frozenset[Unit]], sequence: int, measure: str) -> Losses:
         """The losses on one sequence alone, not kept: for metrics that draw other sets for every sequence."""
@@ -195,6 +195,11 @@ class ModelOracle:
             share = 1 / len(self._tokens(measure))
             self._asked[units] = min(1.0, self._asked.get(units, 0.0) + share)
         return self._measured(wanted, slice(sequence, sequence + 1), measure, None)
+
+    def _key(self, measure: str) -> str:
+        """What a measurement is kept under: a distance from a model that lacks units is none from the dense one."""
+        alone = measure in ("loss", ERROR) or not self._base
+        return measure if alone else " ".join((measure, "without", *sorted(map(str, self._base))))
 
     def _canonical(self, units: frozenset[Unit]) -> frozenset[Unit]:
         return frozenset(self.model.layout.canonical(sorted(units | self._base)))
@@ -221,7 +226,8 @@ class ModelOracle:
         wrong = np.empty((len(gone), len(kept)))
         for column, item in enumerate(kept.tolist()):
             mine, right = (data.choices.item == item).numpy(), data.choices.right.numpy()
-            wrong[:, column] = each[:, mine].min(1) < each[:, mine & right].min(1)
+            best, own = each[:, mine].min(1), each[:, mine & right].min(1)
+            wrong[:, column] = np.where(np.isnan(best), np.nan, best < own)
         return Losses(wrong, np.ones(len(kept)))
 
     def _broken(self, what: str) -> CheckpointError:
