@@ -110,7 +110,7 @@ def test_a_recipe_fills_what_was_not_given(name: str) -> None:
     choice, calibration, common = settled(Choice(recipe=name), Calibration(), Common())
     assert choice == Choice(recipe.unit, recipe.metric, recipe.select, recipe.protect, name)
     assert calibration == Calibration(sequences=recipe.sequences or 64, length=recipe.length or 512)
-    assert common == Common(seed=recipe.seed or 0)
+    assert common == Common(seed=recipe.seed or 0, dtype=recipe.dtype)
 
 
 def test_what_is_given_wins_over_the_recipe() -> None:

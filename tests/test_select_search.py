@@ -213,3 +213,46 @@ def test_the_error_of_a_step_is_that_of_its_rise() -> None:
     losses: dict[str, list[float]] = {"0": [1, 2, 4], "1": [9, 9, 9], "2": [9, 9, 9]}
     step = one_step(losses).steps[0]
     assert step.error == pytest.approx(np.std(losses["0"], ddof=1) / math.sqrt(3))
+
+
+def naive_by_budget(oracle: FakeOracle, candidates: Sequence[Unit], budget: Budget) -> list[Unit]:
+    """Try every candidate at every step; damage counts for each parameter (or byte) of what is still needed."""
+    gone: list[Unit] = []
+    while not budget.met(oracle.ledger, gone):
+        need = budget.amount - budget.spent(oracle.ledger, frozenset(gone))
+
+        def worth(unit: Unit, need: float = need) -> float:
+            damage = oracle.mean([*gone, unit]) - oracle.mean(gone)
+            return damage / min(budget.spent(oracle.ledger, frozenset((unit,))), need) if damage > 0 else damage
+
+        gone.append(min((unit for unit in candidates if unit not in gone), key=worth))
+    return gone
+
+
+@pytest.mark.parametrize("kind", ["anything", "growing", "shrinking"])
+@pytest.mark.parametrize("text", BUDGETS)
+@pytest.mark.parametrize("seed", range(4))
+def test_greedy_by_what_the_budget_still_needs_is_the_naive_one(kind: str, text: str, seed: int) -> None:
+    oracle = FakeOracle(DAMAGES[kind](seed), sizes(PARTS, seed))
+    budget = Budget.parse(text, oracle.ledger)
+    able = budget.candidates(oracle.ledger, PARTS)
+    selection = greedy(oracle, able, budget, exact=True, per="budget")
+    assert list(selection.units) == naive_by_budget(oracle, able, budget)
+    assert selection.nested == (budget.measure == "count")
+    if kind == "growing":  # then the lazy one is exact, and measures fewer
+        lazy = greedy(FakeOracle(oracle.damage, oracle.ledger), able, budget, per="budget")
+        assert lazy.units == selection.units and lazy.evaluations <= selection.evaluations
+
+
+def test_what_is_more_than_the_budget_asks_for_is_worth_nothing() -> None:
+    units = parse(["0.self_attn", "1.mlp"])
+    ledger = FakeLedger(dict(zip(units, (10, 90), strict=True)))
+
+    def damage(gone: frozenset[Unit]) -> Array:
+        return np.full(2, 1 + 0.2 * (units[0] in gone) + 0.9 * (units[1] in gone))
+
+    budget = Budget.parse("10%", ledger)
+    assert greedy(FakeOracle(damage, ledger), units, budget, per="parameters").units == (units[1],)
+    assert greedy(FakeOracle(damage, ledger), units, budget, per="budget").units == (units[0],)
+    with pytest.raises(OptionError, match="greedy:per is one of none, parameters, kv, time, budget, not 'banana'"):
+        greedy(FakeOracle(damage, ledger), units, budget, per="banana")

@@ -112,7 +112,7 @@ def plan(
     rows = options.text(data, made, calibration, common)
     chosen = planning.select(made, drop, data=rows, say=console.say, **wanted)
     if choice.stability:
-        seeds = (replace(common, seed=common.seed + draw) for draw in range(1, choice.stability + 1))
+        seeds = (replace(common, seed=(common.seed or 0) + draw) for draw in range(1, choice.stability + 1))
         again = (options.text(data, made, calibration, other) for other in seeds)
         stable = planning.stability(made, drop, again, **wanted)
         console.say(tables.stable(stable, chosen.drop))
@@ -218,7 +218,7 @@ def bench(
 
     place(out)
     made = {name: options.load(name, common, loading).net for name in models}
-    value = measure(made, batch=batch, prompt=prompt, new=new, repeats=repeats, seed=common.seed)
+    value = measure(made, batch=batch, prompt=prompt, new=new, repeats=repeats, seed=common.seed or 0)
     write_json(out, value)
     console.result(value, tables.timed(value))
 

@@ -85,7 +85,7 @@ def prune(
             form=form,
             recover=recover,
             bench=run_bench,
-            seed=common.seed,
+            seed=common.seed or 0,
             device=common.device,
             dtype=common.dtype,
             **vars(choice),
@@ -118,7 +118,9 @@ def compare(
 
     A run that was stopped goes on where it was when it is started again with the same options.
     """
-    names = [] if recipe == "none" else list(recipes.names()) if recipe == "all" else recipe.split(",")
+    names = [] if recipe == "none" else list(recipes.names()) if recipe == "all" else recipe.replace(" ", "").split(",")
+    if len(set(data)) < len(data):
+        raise OptionError("--data names the same source twice")
     if not names and len(data) < 2:
         raise OptionError("--recipes none compares importances: give --data twice or more, or name recipes")
     if names and text is None:
@@ -152,7 +154,7 @@ def compare(
             console=console,
             sequences=calibration.sequences,
             length=calibration.length,
-            seed=common.seed or None,
+            seed=common.seed,
             field=calibration.field,
             memory=memory,
         )
@@ -166,7 +168,7 @@ def compare(
             console=console,
             sequences=calibration.sequences or 64,
             length=calibration.length or min(512, made.positions or 512),
-            seed=common.seed,
+            seed=common.seed or 0,
             field=calibration.field,
             memory=memory,
         )

@@ -46,7 +46,7 @@ def option(flag: str, help: str, least: int | None = None) -> Any:
 class Common:
     """What every command takes."""
 
-    seed: Annotated[int, option("--seed", "Seed of every random choice.")] = 0
+    seed: Annotated[int | None, option("--seed", "Seed of every random choice; default: the recipe's, or 0.")] = None
     device: Annotated[str | None, option("--device", "cpu, cuda, cuda:1; default: the GPU if there is one.")] = None
     dtype: Annotated[
         str | None,
@@ -143,7 +143,6 @@ def settled(choice: Choice, calibration: Calibration, common: Common) -> tuple[C
         return mine if mine is not None else theirs if theirs is not None else default
 
     defaults = {"unit": "any", "metric": "loss", "select": None, "protect": None}
-    seed = recipe.seed if recipe is not None and recipe.seed is not None and not common.seed else common.seed
     return (
         replace(choice, **{name: given(name, choice, default) for name, default in defaults.items()}),
         replace(
@@ -151,7 +150,7 @@ def settled(choice: Choice, calibration: Calibration, common: Common) -> tuple[C
             sequences=given("sequences", calibration, 64),
             length=given("length", calibration, 512),
         ),
-        replace(common, seed=seed),
+        replace(common, seed=given("seed", common, 0), dtype=given("dtype", common, None)),
     )
 
 
@@ -263,7 +262,7 @@ def text(source: str, model: Model, calibration: Calibration, common: Common) ->
         model.tokenizer,
         sequences=calibration.sequences or 64,
         length=calibration.length or 512,
-        seed=common.seed,
+        seed=common.seed or 0,
         field=calibration.field,
     )
 
@@ -273,7 +272,7 @@ def check(choice: Choice, drop: str) -> None:
     metric, *_ = registry.find("metrics", choice.metric or "loss")
     if choice.select is not None:
         selector, *_ = registry.find("selectors", choice.select)
-        registry.agree(selector, metric)
+        registry.agree(selector, metric, choice.unit or "any")
     if choice.unit is not None and choice.unit not in UNITS:
         raise unknown("unit", choice.unit, UNITS)
     Budget.parse(drop, _Vast())

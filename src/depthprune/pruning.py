@@ -93,6 +93,8 @@ def prune(
     console.say(f"{describe(model)}; {len(units)} units may be dropped")
     data, text = _texts(settings, model, console)
     check_vocabulary(data, model.vocabulary)
+    known = oracle(model, data, metric=settings.metric, units=units)  # data may lack what the metric measures
+    console.say(f"choosing on {known.sequences} sequences of {data.name}")
     fits(model, text)
     if warning := warn_overlap(data, text.data):
         console.warn(warning)

@@ -48,8 +48,13 @@ MEASURED = ("loss", "kl", "js", "logit_distance", "error")
 SEARCHES = ("greedy", "beam", "evolve")
 
 
-def agree(selector: str, metric: str) -> None:
-    """Refuse a search by whole plans under a metric of single units (``OptionError``)."""
+def agree(selector: str, metric: str, unit: str = "any") -> None:
+    """Refuse a search by whole plans under a metric of single units, and a joint ranking of blocks.
+
+    Raises ``OptionError``.
+    """
+    if selector == "joint" and unit == "block":
+        raise OptionError("joint ranks attention and MLP sublayers together, not blocks; use --unit any")
     if selector in SEARCHES and metric not in MEASURED:
         raise OptionError(
             f"{selector} goes by what whole plans cost ({', '.join(MEASURED)}), not by {metric}; "

@@ -94,7 +94,7 @@ def compared(value: Mapping[str, Any]) -> Group:
                 human(row["parameters"]).removesuffix("B"),
                 f"{row['perplexity']:.2f}",
                 f"{row['perplexity'] / dense:.3f}x",
-                "best" if gap is None else f"+{gap[0]:.3f}±{gap[1]:.3f}",
+                "best" if gap is None else f"{gap[0]:+.3f}±{gap[1]:.3f}",
                 f"{row['evaluations']:,}",
                 f"{row['work']:.0f}",
                 f"{row['seconds']:.1f}",

@@ -104,7 +104,9 @@ def greedy(
     if budget.measure == "loss":  # what may be exchanged then must free as much
         budget = replace(budget, measure="parameters", amount=float(oracle.ledger.freed(frozenset(gone))))
     final = refine(oracle, waiting, budget, tuple(steps), rounds=swaps)
-    return Selection(final, oracle.evaluations - start, final == tuple(steps), dense, expected)
+    # a smaller budget would have weighed its own last removals by what it still needed
+    nested = final == tuple(steps) and not (by_budget and budget.measure in ("parameters", "kv"))
+    return Selection(final, oracle.evaluations - start, nested, dense, expected)
 
 
 def rises(
