@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import naive
-from depthprune.data import Data, digest
+from depthprune import demo
+from depthprune.data import Data, calibrate, digest
 from depthprune.errors import OptionError
 from depthprune.metrics.stream import DISTANCES, last_token, spans, stream_scores
-from depthprune.model import Model
+from depthprune.model import Model, load
 from depthprune.oracle import ModelOracle
 from depthprune.units import Unit
 
@@ -39,7 +41,7 @@ def text(padded: bool) -> Data:
 
 
 @torch.no_grad()
-def streams(model: Model, data: Data) -> list[tuple[Array, Array, Array]]:
+def streams(model: Model, data: Data, family: str = "") -> list[tuple[Array, Array, Array]]:
     """The stream before, inside and after each block (B, T, D), overheard."""
     seen: dict[str, list[Array]] = {"in": [], "mid": [], "out": []}
 
@@ -48,8 +50,9 @@ def streams(model: Model, data: Data) -> list[tuple[Array, Array, Array]]:
         seen[where].append(stream.reshape(*data.tokens.shape, -1).double().numpy())
 
     hooks = []
-    for block in naive.stack_of(model.net):
-        middle: nn.Module = getattr(block, BETWEEN[model.reference.id])
+    blocks = model.net.model.layers if family else naive.stack_of(model.net)
+    for block in blocks:
+        middle: nn.Module = getattr(block, BETWEEN[family or model.reference.id])
         hooks += [
             block.register_forward_pre_hook(lambda _, given: keep("in", given)),
             middle.register_forward_pre_hook(lambda _, given: keep("mid", given)),
@@ -98,6 +101,19 @@ def test_scores_equal_the_formulas(name: str, padded: bool, tokens: str, subject
             for sublayer, (x, y) in pairs.items():
                 want = average(formula(metric, x, y), data, tokens)
                 assert scores.values[Unit("", index, sublayer)] == pytest.approx(want, rel=1e-5), (metric, index)
+
+
+def test_scores_of_a_real_model_equal_the_formulas(tmp_path: Path) -> None:
+    model = load(demo.unpack(tmp_path))
+    data = calibrate(str(demo.CALIBRATION), model.tokenizer, sequences=2, length=32)
+    assert isinstance(data, Data)
+    got = stream_scores(model, data)
+    for index, (before, middle, after) in enumerate(streams(model, data, "llama")):
+        first, second = (s.name for s in model.layout.blocks[index].sublayers)
+        for sublayer, x, y in (("", before, after), (first, before, middle), (second, middle, after)):
+            for metric, scores in got.items():
+                want = average(formula(metric, x, y), data, "all")
+                assert scores.values[Unit("", index, sublayer)] == pytest.approx(want, rel=1e-4), (metric, index)
 
 
 def test_the_comparison_sees_padding_that_is_counted(subject: Callable[..., Model]) -> None:
