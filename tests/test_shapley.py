@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -563,3 +563,25 @@ def test_a_unit_that_no_subset_left_out_must_stay() -> None:
     made.noise = np.zeros((1, 16))
     found = banzhaf(made, made.units, subsets=1)
     assert set(found.values.values()) == {math.inf} and not found.errors
+
+
+def test_banzhaf_leaves_out_what_is_not_finite() -> None:
+    """One broken sub-network says nothing of the units in it; a unit that breaks every one it is absent from stays."""
+    for broken in (math.inf, math.nan):
+        made, plain = (game("saturating", 6, 3) for _ in range(2))
+        for one in (made, plain):
+            one.noise = np.zeros((40, 64))
+        made.noise[0] = broken
+        found, want = (array(banzhaf(one, one.units).values) for one in (made, plain))
+        assert np.isfinite(found).all() and np.abs(found - want).max() < 0.5
+        made.noise[:, [gone for gone in range(64) if gone & 4]] = broken  # without unit 2 there is no model
+        found = array(banzhaf(made, made.units).values)
+        assert found[2] == math.inf and np.isfinite(np.delete(found, 2)).all()
+
+
+@pytest.mark.parametrize("metric", [shapley, banzhaf])
+def test_a_negative_seed_is_that_of_the_data(metric: Any) -> None:
+    made = [replace(game("noise", 4, 5), seed=seed) for seed in (5, 6, -1)]
+    one, other, _ = (array(metric(each, each.units, seed=-1).values) for each in made)
+    np.testing.assert_array_equal(one, array(metric(made[0], made[0].units, seed=5).values))
+    assert (one != other).any()

@@ -55,7 +55,7 @@ def shapley(
     most = permutations // 2
     oracle.note(f"shapley: at most {2 * most * (count - 1) + 2:,} evaluations, fewer once the ranking is settled")
     dense, end = (float(value) for value in oracle.losses([frozenset(), frozenset(units)], measure=of).mean())
-    draw = np.random.default_rng(oracle.data.seed if seed < 0 else seed)
+    draw = _generator(oracle, seed)
     progress = oracle.progress("sampling orders of removal")
     pairs: list[Array] = []
     while len(pairs) < most:
@@ -133,7 +133,9 @@ def banzhaf(
     ``mean(v | u absent) - mean(v | u present)`` over random sub-networks with half of the units (chosen without
     replacement), ``subsets`` of them drawn anew for every calibration sequence; v is the measure ``of`` the sub-network
     on that sequence: the loss, or the distance of its logits from the dense model's. Standard errors by the jackknife
-    over sequences. The estimator that A deeper look at depth pruning calls Shapley (10 subsets, seed 43).
+    over sequences. The estimator that A deeper look at depth pruning calls Shapley (10 subsets, seed 43; a negative
+    seed is that of the data). Sub-networks whose measure is not finite are left out; a unit that is absent, or present,
+    in no other must stay.
     Raises ``OptionError`` for fewer than two units, or no subsets.
     """
     count = len(units)
@@ -141,7 +143,7 @@ def banzhaf(
         raise OptionError(f"banzhaf needs at least two units and one subset, not {count} and {subsets}")
     sequences = oracle.sequences_of(of)
     oracle.note(f"banzhaf: {subsets} sub-networks for each of {sequences} sequences, the work of {subsets} evaluations")
-    draw = np.random.default_rng(seed)
+    draw = _generator(oracle, seed)
     progress = oracle.progress("measuring random sub-networks")
     sums = np.zeros((sequences, 2, count))  # summed measure where the unit is present, and absent
     tokens = np.zeros((sequences, 2, count))
@@ -151,8 +153,9 @@ def banzhaf(
             row[draw.choice(count, count // 2, replace=False)] = True
         gone = [frozenset(unit for unit, there in zip(units, row, strict=True) if not there) for row in present]
         measured: Losses = oracle.sample(gone, sequence, of)
-        for place, chosen in enumerate((present, ~present)):
-            sums[sequence, place] = measured.nll[:, 0] @ chosen
+        fine = np.isfinite(measured.nll[:, 0])
+        for place, chosen in enumerate((present[fine], ~present[fine])):
+            sums[sequence, place] = measured.nll[fine, 0] @ chosen
             tokens[sequence, place] = measured.tokens[0] * chosen.sum(0)
         if progress is not None:
             progress(sequence + 1, sequences)
@@ -165,6 +168,11 @@ def banzhaf(
         errors = {unit: float(error) for unit, error in zip(units, spread, strict=True) if math.isfinite(error)}
     scores = {unit: float(v) if math.isfinite(v) else math.inf for unit, v in zip(units, values, strict=True)}
     return Scores("banzhaf", scores, errors, oracle.data.describe())
+
+
+def _generator(oracle: ModelOracle, seed: int) -> np.random.Generator:
+    """What draws under a seed: that of the data where it is negative."""
+    return np.random.default_rng((oracle.data.seed if seed < 0 else seed) % (1 << 64))
 
 
 def _gap(sums: Array, tokens: Array) -> Array:
