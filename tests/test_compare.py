@@ -467,3 +467,38 @@ def test_recipes_need_a_text_to_be_tested_on(tmp_path: Path) -> None:
     done = run("compare", "model", "--data", "text.txt", "--out", tmp_path / "out")
     assert done.code == 2 and done.error.startswith("compare needs --text FILE, another text than --data")
     assert not (tmp_path / "out").exists()
+
+
+# What an earlier run left
+
+
+def test_rows_of_other_text_or_settings_are_made_again(
+    model: Model, tmp_path: Path, measured: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text('title = "mine"\nunit = "block"\nmetric = "random:seed=1"\nselect = "lowest"\n', encoding="utf-8")
+    compare(model, tmp_path / "out", (str(mine), "sleb"))
+    mine.write_text('title = "mine"\nunit = "block"\nmetric = "cosine"\nselect = "lowest"\n', encoding="utf-8")
+    measured.clear()
+    value = compare(model, tmp_path / "out", (str(mine), "sleb"))
+    assert [row["metric"] for row in value["rows"] if row["recipe"] == str(mine)] == ["cosine"]
+    assert sum(measured) <= 1  # the new plan on the test text; sleb is not searched again
+    moved = tmp_path / "text.txt"
+    moved.write_text(Path("text.txt").read_text(encoding="utf-8"), encoding="utf-8")
+    first = compare(model, tmp_path / "other", ("shortgpt",), data=[str(moved)])
+    moved.write_text(Path("test.txt").read_text(encoding="utf-8"), encoding="utf-8")
+    second = compare(model, tmp_path / "other", ("shortgpt",), data=[str(moved)])
+    assert first["rows"][0]["digest"] != second["rows"][0]["digest"]
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"rows": 3}'])
+def test_a_file_that_is_no_comparison_is_refused(content: str, model: Model, tmp_path: Path) -> None:
+    (tmp_path / "compare.json").write_text(content, encoding="utf-8")
+    with pytest.raises(OptionError, match="is not that of a comparison"):
+        compare(model, tmp_path)
+
+
+def test_a_mixture_serves_recipes_for_text(model: Model, tmp_path: Path) -> None:
+    value = compare(model, tmp_path, ("shortgpt", "deeper-look-task"), data=["text.txt=0.5,task:task.jsonl=0.5"])
+    notes = {row["recipe"]: row["note"] for row in value["rows"]}
+    assert notes == {"shortgpt": "", "deeper-look-task": "needs a task: --data task:FILE"}

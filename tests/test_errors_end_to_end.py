@@ -244,7 +244,7 @@ def test_usage(here: Path, words: str) -> None:
     ("words", "fault"),
     [
         ("--metric error", "the metric error needs questions with choices; text.txt has none"),
-        ("--select joint --unit block", "joint ranks attention and MLP sublayers, and 0 is a whole block; "),
+        ("--select joint --unit block", "joint ranks attention and MLP sublayers together, not blocks; use --unit any"),
         (
             "--metric angular --unit block --select contiguous:rule=first",
             "contiguous:rule is one of distance, last, not",

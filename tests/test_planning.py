@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from depthprune.layout import Layout
 from depthprune.model import Model, wrap
 from depthprune.oracle import ModelOracle
 from depthprune.plan import Plan
-from depthprune.planning import ENDS, SEARCH, candidates, protected, score, select, settle
+from depthprune.planning import ENDS, SEARCH, candidates, protected, score, select, settle, stability
 from depthprune.scores import Scores
 from depthprune.select.rank import Selection, Step
 from depthprune.surgery import drop
@@ -27,8 +28,8 @@ from depthprune.variants import losses
 from families import FAMILIES, configuration, tiny
 
 
-def random_text() -> Data:
-    tokens = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(0))
+def random_text(seed: int = 0) -> Data:
+    tokens = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(tokens, dtype=torch.bool)
     return Data(tokens, mask, "random tokens", digest(tokens, mask), 7, ())
 
@@ -285,3 +286,24 @@ def test_a_smaller_model_is_another_model(model: Model) -> None:
         drop(smaller, plan)
     with pytest.raises(PlanError, match="this plan is for"):
         drop(model, select(smaller, "1 block", data=DATA))
+
+
+# Other draws of the calibration rows
+
+
+def test_stability_counts_how_often_each_unit_is_chosen(model: Model, tmp_path: Path) -> None:
+    draws = [random_text(seed) for seed in (1, 2, 3)]
+    options = {"unit": "any", "metric": "loss", "select": "greedy", "protect": "none"}
+    found = stability(model, "40%", draws, memo=tmp_path / "losses.jsonl", **options)
+    plans = [select(model, "40%", data=draw, **options) for draw in draws]  # type: ignore[arg-type]
+    every = [str(unit) for plan in plans for unit in plan.drop]
+    assert found == {"draws": 3, "chosen": {unit: every.count(unit) for unit in found["chosen"]}}
+    assert set(found["chosen"]) == set(every) and len(set(every)) > len(plans[0].drop)  # the draws do differ
+    assert len(list(tmp_path.glob("losses-draw-*.jsonl"))) == 3
+
+
+def test_draws_that_are_alike_say_nothing(model: Model) -> None:
+    data = random_text(1)
+    again = data.rows(torch.tensor([2, 0, 1]))  # the same rows in another order
+    with pytest.warns(UserWarning, match="all draws are alike"):
+        stability(model, "1 block", [data, again], metric="cosine", unit="block")

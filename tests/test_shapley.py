@@ -402,11 +402,18 @@ def test_where_nothing_can_be_measured_without_any_unit_that_is_said() -> None:
 )
 def test_options_that_mean_nothing_are_refused(options: dict[str, float]) -> None:
     made = game("noise", 4, 0)
-    with pytest.raises(OptionError, match=r"^shapley needs at least two units and permutations, and truncate from 0 "):
+    with pytest.raises(OptionError, match=r"^shapley needs a unit, two permutations, and truncate from 0 "):
         shapley(made, made.units, **options)
-    with pytest.raises(OptionError, match="not 1 units"):
-        shapley(made, made.units[:1])
+    with pytest.raises(OptionError, match="not 0 units"):
+        shapley(made, ())
     assert not made.asked
+
+
+def test_a_unit_alone_is_left_out() -> None:
+    made = game("noise", 4, 0)
+    one = made.units[0]
+    without, dense = made.losses([frozenset((one,)), frozenset()], measure="loss").mean()
+    assert shapley(made, [one]).values[one] == pytest.approx(float(without - dense))
 
 
 # A real network

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from depthprune import recipes
+from depthprune import recipes, sources
 from depthprune.budget import Budget
 from depthprune.console import Console
 from depthprune.data import Data, Mixture, calibrate
@@ -31,8 +31,6 @@ from depthprune.recipes import Recipe
 from depthprune.scores import Scores
 from depthprune.units import Unit, parse
 
-TASK = "task:"
-
 
 @dataclass(frozen=True)
 class Row:
@@ -43,6 +41,8 @@ class Row:
     unit: str
     metric: str
     select: str
+    settings: dict[str, Any]
+    digest: str | None = None  # of the calibration rows
     sequences: int | None = None
     length: int | None = None
     drop: tuple[str, ...] = ()
@@ -74,24 +74,27 @@ def compare(
 ) -> dict[str, Any]:
     """Run recipes on a model, test what each chose, and write ``compare.json``, the plans and a plot to a folder.
 
-    ``data`` are calibration sources: recipes for tasks take the first that begins with ``task:``, all others the first
-    that does not. ``sequences``, ``length`` and ``seed`` replace those of every recipe. Rows that the folder holds
-    already, made under the same settings, are not made again.
+    ``data`` are calibration sources: recipes for tasks take the first that is all tasks, the others the first that is
+    not. ``sequences``, ``length`` and ``seed`` replace those of every recipe; the precision is the model's for all.
+    Rows that the folder holds already, made under the same settings on the same data, are not made again.
     Raises ``OptionError`` for unknown recipes, ``BudgetError`` for a budget that no recipe can meet.
     """
-    chosen = [recipes.load(name) for name in names]
+    chosen = [recipes.load(name) for name in dict.fromkeys(names)]
     Budget.parse(budget, model.layout)  # text that is no budget is out of reach of every recipe
+    asked: dict[str, Any] = {"sequences": sequences, "length": length, "seed": seed, "field": field}
+    drawn = _drawn(model, chosen, data, **asked)
     out.mkdir(parents=True, exist_ok=True)
-    asked = replace(text.data, scored=text.scored)
-    test = ModelOracle(model, asked, memory=memory, memo=out / "test.jsonl", show=console.show)
+    held_out = replace(text.data, scored=text.scored)
+    test = ModelOracle(model, held_out, memory=memory, memo=out / "test.jsonl", show=console.show)
     dense = float(test.losses([frozenset()]).mean()[0])
     head: dict[str, Any] = {
         "format": 1,
         "model": vars(model.reference),
+        "dtype": str(next(model.net.parameters()).dtype).removeprefix("torch."),
         "budget": budget,
         "data": list(data),
-        "text": {"name": asked.name, "tokens": asked.predicted, "digest": asked.digest},
-        "asked": {"sequences": sequences, "length": length, "seed": seed},
+        "text": {"name": held_out.name, "tokens": held_out.predicted, "digest": held_out.digest},
+        "asked": asked,
         "dense": {
             "loss": dense,
             "perplexity": math.exp(dense),
@@ -99,16 +102,22 @@ def compare(
             "kv_bytes_per_token": model.layout.kv_bytes_per_token,
         },
     }
-    rows = _finished(out / "compare.json", head)
-    if not rows:
+    before = _finished(out / "compare.json", head)
+    rows: dict[str, Row] = {}
+    if not before:
         write_json(out / "compare.json", head | {"rows": []})
     for number, recipe in enumerate(chosen, start=1):
-        if recipe.spec in rows:
+        calibration = drawn[recipe.spec]
+        if calibration is None:
+            rows[recipe.spec] = _row(recipe, note=f"needs {_KIND[_on_task(recipe)]}")
+            continue
+        done = before.get(recipe.spec)
+        if done is not None and (done.settings, done.digest) == (recipe.settings, calibration.digest):
+            rows[recipe.spec] = done
             continue
         console.say(f"{number} of {len(chosen)}: {recipe.spec}")
-        options = {"sequences": sequences, "length": length, "seed": seed}
         try:
-            plan, row = _choose(model, budget, recipe, data, console, memory=memory, field=field, **options)
+            plan, row = _choose(model, budget, recipe, calibration, console, memory=memory)
         except DepthpruneError as error:
             rows[recipe.spec] = _row(recipe, note=str(error))
             continue
@@ -119,7 +128,8 @@ def compare(
             continue
         rows[recipe.spec] = replace(row, loss=loss, perplexity=math.exp(min(loss, 700.0)))
         plan.save(out / "plans" / f"{_file(recipe.spec)}.json")
-        write_json(out / "compare.json", head | {"rows": [asdict(row) for row in rows.values()]})
+        every = before | rows  # what an earlier run made is kept until it is made again
+        write_json(out / "compare.json", head | {"rows": [asdict(row) for row in every.values()]})
     if all(row.loss is None for row in rows.values()):
         raise BudgetError("; ".join(f"{row.recipe}: {row.note}" for row in rows.values()))
     # those that met the budget first, the best of them ahead: others cannot be compared with them
@@ -143,6 +153,8 @@ def _finished(path: Path, head: Mapping[str, Any]) -> dict[str, Row]:
     if not path.is_file():
         return {}
     before = read_json(path)
+    if not isinstance(before, dict) or not isinstance(before.get("rows"), list):
+        raise OptionError(f"{path} is not that of a comparison; name another --out")
     differ = [name for name in head if name != "dense" and before.get(name) != head[name]]
     if differ:
         raise OptionError(f"{path} is of another comparison ({', '.join(differ)} differ); name another --out")
@@ -151,34 +163,45 @@ def _finished(path: Path, head: Mapping[str, Any]) -> dict[str, Row]:
     return {row.recipe: replace(row, drop=tuple(row.drop)) for row in rows if row.loss is not None}
 
 
-def _choose(
+_KIND = {True: "a task: --data task:FILE", False: "text: --data FILE"}
+
+
+def _on_task(recipe: Recipe) -> bool:
+    return recipe.metric.startswith("error") or "of=error" in recipe.metric
+
+
+def _drawn(
     model: Model,
-    budget: str,
-    recipe: Recipe,
-    sources: Sequence[str],
-    console: Console,
+    chosen: Sequence[Recipe],
+    data: Sequence[str],
     *,
     sequences: int | None,
     length: int | None,
     seed: int | None,
     field: str,
-    memory: int | None,
+) -> dict[str, Data | Mixture | None]:
+    """The calibration rows of every recipe; None for one whose kind of data was not given."""
+    tasks = [all(part.is_task for part in sources.parse(source)) for source in data]
+    known: dict[tuple[str, int, int, int], Data | Mixture] = {}
+    found: dict[str, Data | Mixture | None] = {}
+    for recipe in chosen:
+        source = next((one for one, task in zip(data, tasks, strict=True) if task == _on_task(recipe)), None)
+        if source is None:
+            found[recipe.spec] = None
+            continue
+        count, size = sequences or recipe.sequences or 64, length or recipe.length or 512
+        draw = (recipe.seed or 0) if seed is None else seed
+        key = (source, count, min(size, model.positions or size), draw)
+        if key not in known:
+            known[key] = calibrate(source, model.tokenizer, sequences=count, length=key[2], seed=draw, field=field)
+        found[recipe.spec] = known[key]
+    return found
+
+
+def _choose(
+    model: Model, budget: str, recipe: Recipe, rows: Data | Mixture, console: Console, *, memory: int | None
 ) -> tuple[Plan, Row]:
     """The plan of one recipe and what it cost."""
-    needs = recipe.metric.startswith("error") or "of=error" in recipe.metric
-    source = next((one for one in sources if (TASK in one) == needs), None)
-    if source is None:
-        kind = "a task: --data task:FILE" if needs else "text: --data FILE"
-        raise OptionError(f"needs {kind}")
-    count, size = sequences or recipe.sequences or 64, length or recipe.length or 512
-    rows = calibrate(
-        source,
-        model.tokenizer,
-        sequences=count,
-        length=min(size, model.positions or size),
-        seed=recipe.seed or 0 if seed is None else seed,
-        field=field,
-    )
     able = candidates(model.layout, recipe.unit, recipe.protect)
     asked = oracle(model, rows, metric=recipe.metric, units=able, memory=memory, show=console.show)
     start = time.perf_counter()
@@ -194,6 +217,7 @@ def _choose(
     layout = model.layout
     return plan, _row(
         recipe,
+        digest=rows.digest,
         sequences=rows.sequences,
         length=rows.length,
         drop=tuple(str(unit) for unit in plan.drop),
@@ -214,7 +238,7 @@ def _plan(asked: AnyOracle, budget: str, able: tuple[Unit, ...], recipe: Recipe)
 
 
 def _row(recipe: Recipe, **found: Any) -> Row:
-    return Row(recipe.spec, recipe.title, recipe.unit, recipe.metric, recipe.select, **found)
+    return Row(recipe.spec, recipe.title, recipe.unit, recipe.metric, recipe.select, recipe.settings, **found)
 
 
 def _file(spec: str) -> str:

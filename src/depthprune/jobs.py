@@ -125,9 +125,10 @@ def compare(
         raise OptionError("--recipes none compares importances: give --data twice or more, or name recipes")
     if names and text is None:
         raise OptionError("compare needs --text FILE, another text than --data, to test the plans on")
+    options.check(Choice(unit=unit, metric=metric), drop)
     for name in names:
-        recipes.load(name)
-    registry.find("metrics", metric)
+        method = recipes.load(name)
+        options.check(Choice(unit=method.unit, metric=method.metric, select=method.select), drop)
     if not (out / "compare.json").is_file():
         place(out, folder=True)
     made = options.load(model, common, loading)
@@ -140,25 +141,6 @@ def compare(
     memory = options.size(calibration.memory)
     value: dict[str, object] = {}
     shown: list[Group] = []
-    if text is not None and names:
-        rows = cut(text, made.tokenizer, window=min(window, made.positions or window), limit=windows)
-        fits(made, rows)
-        out.mkdir(parents=True, exist_ok=True)
-        value = side_by_side(
-            made,
-            drop,
-            names,
-            data=data,
-            text=rows,
-            out=out,
-            console=console,
-            sequences=calibration.sequences,
-            length=calibration.length,
-            seed=common.seed,
-            field=calibration.field,
-            memory=memory,
-        )
-        shown.append(tables.compared(value))
     if len(data) > 1:
         agreement = importances(
             made,
@@ -174,6 +156,25 @@ def compare(
         )
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "importances.json", {"format": 1, **agreement})
-        value = value | {"importances": agreement}
+        value = {"importances": agreement}
         shown.append(tables.agreement(agreement))
+    if text is not None and names:
+        rows = cut(text, made.tokenizer, window=min(window, made.positions or window), limit=windows)
+        fits(made, rows)
+        out.mkdir(parents=True, exist_ok=True)
+        value = value | side_by_side(
+            made,
+            drop,
+            names,
+            data=data,
+            text=rows,
+            out=out,
+            console=console,
+            sequences=calibration.sequences,
+            length=calibration.length,
+            seed=common.seed,
+            field=calibration.field,
+            memory=memory,
+        )
+        shown.insert(0, tables.compared(value))
     console.result(value, Group(*shown))

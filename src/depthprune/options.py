@@ -55,6 +55,10 @@ class Common:
     quiet: Annotated[bool, option("--quiet", "Only results, warnings and errors.")] = False
     as_json: Annotated[bool, option("--json", "The result as JSON on standard output.")] = False
 
+    def __post_init__(self) -> None:
+        if self.seed is not None and not 0 <= self.seed < 1 << 63:
+            raise OptionError(f"--seed must be from 0 to 2**63 - 1, not {self.seed}")
+
 
 @dataclass(frozen=True)
 class Loading:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -79,7 +80,14 @@ def stability(
     """
     times: Counter[str] = Counter()
     draws = 0
+    seen: set[frozenset[bytes]] = set()
     for draws, data in enumerate(again, start=1):
+        parts = data.parts if isinstance(data, Mixture) else (data,)
+        rows = frozenset(row.numpy().tobytes() for part in parts for row in part.tokens)
+        if rows in seen:
+            text = f"{data.name} has no more rows than a draw takes, so all draws are alike: --stability says nothing"
+            warnings.warn(text, UserWarning, stacklevel=2)
+        seen.add(rows)
         own = None if memo is None else memo.with_name(f"{memo.stem}-draw-{draws}{memo.suffix}")
         times.update(str(unit) for unit in select(model, budget, data=data, memo=own, **choice).drop)
     return {"draws": draws, "chosen": dict(times.most_common())}

@@ -46,9 +46,9 @@ def shapley(
     Sources: Shapley (1953); Castro et al. (2009), sampling; Ghorbani and Zou (2019), truncation.
     Raises ``OptionError`` for fewer than two units or permutations.
     """
-    if permutations < 2 or not 0 <= truncate < 1 or len(units) < 2:
+    if permutations < 2 or not 0 <= truncate < 1 or not units:
         raise OptionError(
-            f"shapley needs at least two units and permutations, and truncate from 0 to 1, not {len(units)} units, "
+            f"shapley needs a unit, two permutations, and truncate from 0 to 1, not {len(units)} units, "
             f"permutations={permutations}, truncate={truncate}"
         )
     count = len(units)
