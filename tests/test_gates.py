@@ -293,8 +293,9 @@ def test_a_sublayer_that_nothing_scales_is_refused(subject: Callable[..., Model]
         ({"keep": math.nan}, "keep between 0 and 1"),
         ({"steps": 0}, "steps and batch of at least 1"),
         ({"batch": 0}, "steps and batch of at least 1"),
-        ({"rate": 0.0}, "a rate and a temperature above 0"),
-        ({"temperature": 0.0}, "a rate and a temperature above 0"),
+        ({"rate": 0.0}, "a finite rate and temperature above 0"),
+        ({"rate": float("inf")}, "a finite rate and temperature above 0"),
+        ({"temperature": 0.0}, "a finite rate and temperature above 0"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], says: str, subject: Callable[..., Model]) -> None:

@@ -6,6 +6,7 @@ at once, and each gate learns from the loss whether the model misses its unit wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -104,8 +105,8 @@ def _check_options(
 ) -> None:
     if not 0 < keep < 1:
         raise OptionError(f"gates needs keep between 0 and 1, the share of the parameters to stay, not {keep:g}")
-    if steps < 1 or batch < 1 or not rate > 0 or not temperature > 0:
-        raise OptionError("gates needs steps and batch of at least 1, and a rate and a temperature above 0")
+    if steps < 1 or batch < 1 or not 0 < rate < math.inf or not 0 < temperature < math.inf:
+        raise OptionError("gates needs steps and batch of at least 1, and a finite rate and temperature above 0")
     whole = {unit for unit in units if not unit.sublayer}
     both = next((unit for unit in units if unit.sublayer and unit.whole in whole), None)
     if both is not None:
