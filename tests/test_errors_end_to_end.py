@@ -77,7 +77,7 @@ def ruins(workshop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "other-weights.json": {"drop": ["1"], "model": {"id": "some/model", "fingerprint": "sha256:0123456789abcdef"}},
         "other-format.json": {"drop": ["1"], "format": 2},
         "no-list.json": {"drop": "1"},
-        "stand-in.json": {"drop": ["1"], "stand_in": {"1": "bias"}},
+        "stand-in.json": {"drop": ["1"], "stand_in": {"2": "bias"}},
         "good.json": {"drop": ["1"]},
     }.items():
         (place / name).write_text(json.dumps({"format": 1, "model": {"id": "model"}} | value))
@@ -293,7 +293,7 @@ PLANS = {
     "other-weights.json": "this plan is for some/model (fingerprint sha256:0123456789ab), not for model (fingerprint",
     "other-format.json": "other-format.json has format 2; this release reads format 1",
     "no-list.json": "no-list.json is not a plan",
-    "stand-in.json": "this plan asks for stand-ins (1), which this release cannot make",
+    "stand-in.json": "the plan has a stand-in for 2, which it does not drop",
     "no-plan.json": "no-plan.json is not JSON",
     "nosuch.json": "cannot read the plan nosuch.json: No such file or directory",
     "thesis": "cannot read the plan thesis: Is a directory",
@@ -350,7 +350,10 @@ def test_other_commands(here: Path, words: tuple[str, ...]) -> None:
         ("prune model", "prune needs --data TEXT to choose by"),
         ("prune model --data text.txt", "prune needs --out RUN, a folder to write to"),
         ("plan model --drop 25%", "Missing option '--data'."),
-        ("drop model good.json --out small --stand-in bias", "--stand-in 'bias' does not exist yet. Available: none"),
+        (
+            "drop model good.json --out small --stand-in mean",
+            "--stand-in: 'mean' is no stand-in; write bias, or lowrank",
+        ),
         ("list metric", "unknown list 'metric'. Did you mean 'metrics'? Available: forms, metrics"),
         ("bench model --prompt 0 --out b.json", "Invalid value for '--prompt'"),
         (

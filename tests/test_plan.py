@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from depthprune.errors import DepthpruneError, PlanError
-from depthprune.plan import Plan, Reference
+from depthprune.plan import Plan, Reference, with_stand_ins
 from depthprune.units import parse
 
 STEPS = [{"unit": "2.self_attn", "loss": 2.5, "se": 0.01}, {"unit": "1", "loss": 2.75}, {"unit": "3.mlp", "loss": 3.0}]
@@ -210,9 +210,42 @@ def test_a_plan_for_another_model_is_refused_with_both_values(other: dict[str, o
     assert str(caught.value) == says
 
 
-def test_stand_ins_are_refused_until_they_exist() -> None:
-    with pytest.raises(PlanError, match=r"stand-ins \(1, 2\.mlp\), which this release cannot make"):
-        replace(PLAN, stand_in={"1": "bias", "2.mlp": "lowrank:16"}).fits(PLAN.model)
+@pytest.mark.parametrize(
+    ("stand_in", "says"),
+    [
+        ({"2.mlp": "bias"}, "the plan has a stand-in for 2.mlp, which it does not drop"),
+        ({"0": "bias"}, "the plan has a stand-in for 0, which it does not drop"),
+        ({"1.mlp": "bias"}, "the plan has a stand-in for 1.mlp, which it does not drop"),
+        ({"one": "bias"}, "'one' is no unit; write a block as '12' or a sublayer as '12.self_attn'"),
+        *(
+            ({"1": form}, f"{form!r} is no stand-in; write bias, or lowrank:16 for a map of rank 16")
+            for form in ("none", "lowrank", "lowrank:0", "lowrank:-1", "lowrank:4.5", "Bias", "", 16, None, ["bias"])
+        ),
+    ],
+)
+def test_impossible_stand_ins_are_refused(stand_in: dict[str, str], says: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        replace(PLAN, stand_in=stand_in)
+    assert str(caught.value) == says
+    with pytest.raises(PlanError):
+        Plan.from_json(json.dumps(MINIMAL | {"drop": ["2.self_attn", "1", "3.mlp"], "stand_in": stand_in}))
+
+
+def test_every_unit_gets_a_stand_in() -> None:
+    plan = with_stand_ins(PLAN, "lowrank:4")
+    assert plan.stand_in == {"2.self_attn": "lowrank:4", "1": "lowrank:4", "3.mlp": "lowrank:4"}
+    assert replace(plan, stand_in={}) == PLAN == with_stand_ins(plan, "none")
+    plan.fits(PLAN.model)
+    assert Plan.from_json(plan.to_json()) == plan
+    with pytest.raises(PlanError, match=r"^'zero' is no stand-in; [^\n]*$"):
+        with_stand_ins(PLAN, "zero")
+
+
+def test_a_prefix_keeps_the_stand_ins_of_what_it_drops() -> None:
+    assert with_stand_ins(PLAN, "bias").prefix(2).stand_in == {"2.self_attn": "bias", "1": "bias"}
+    parts = Plan(Reference("m"), parse(["1.a", "2", "1.b"]), stand_in={"1": "bias", "2": "bias"})
+    assert parts.prefix(3) == parts
+    assert parts.prefix(2).stand_in == {"2": "bias"}, "a part of block 1 is left"
 
 
 def test_describe_names_the_first_six() -> None:

@@ -26,7 +26,8 @@ LEVELS = {
     for level, names in enumerate(
         (
             "errors files registry units scores budget plan select recipes",
-            "layout discover families record model surgery shrink skip data tasks rows sources hub dist demo",
+            "layout discover families record model surgery shrink skip standin writers "
+            "data tasks rows sources hub dist demo",
             "walk measures timing variants oracle mixed metrics recover export evaluate bench",
             "run charts report compare planning pruning console options tables jobs cli __init__ __main__",
         )

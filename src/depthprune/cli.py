@@ -19,7 +19,7 @@ from depthprune import (
     tables,
 )
 from depthprune.console import Console, die, interruptible, no_memory
-from depthprune.errors import BudgetError, DepthpruneError, OptionError, unknown
+from depthprune.errors import BudgetError, DepthpruneError, OptionError, PlanError, unknown
 from depthprune.files import place, write_json, write_text
 from depthprune.options import (
     Calibration,
@@ -39,7 +39,7 @@ from depthprune.options import (
 def inspect(console: Console, model: ModelArgument, loading: Loading, common: Common) -> None:
     """Show what can be dropped, how large it is, and why something cannot be."""
     made = options.load(model, common, loading)
-    from depthprune.pruning import describe
+    from depthprune.stages import describe
 
     blocks, shown = tables.units(made.layout, describe(made))
     head = {"model": vars(made.reference), "stack": made.layout.path, "parameters": made.parameters}
@@ -66,7 +66,7 @@ def score(
     made = options.load(model, common, loading)
     from depthprune.mixed import oracle
     from depthprune.planning import candidates
-    from depthprune.pruning import scores_json
+    from depthprune.stages import scores_json
 
     text = options.text(data, made, calibration, common)
     units, memory = candidates(made.layout, unit, "none"), options.size(calibration.memory)
@@ -130,16 +130,26 @@ def drop(
     out: OutOption,
     loading: Loading,
     common: Common,
-    stand_in: Annotated[str, option("--stand-in", "What to put in place of a dropped unit: `none`.")] = "none",
+    stand_in: Annotated[
+        str | None,
+        option(
+            "--stand-in",
+            "What to put in place of each dropped unit, for recovery to fill: `none`, `bias`, or `lowrank:16`, a map of"
+            " that rank; default: what the plan says.",
+        ),
+    ] = None,
     form: FormOption = "hf",
 ) -> None:
     """Drop what a plan says, write the smaller model, and prove it in a fresh process."""
-    if stand_in != "none":
-        raise OptionError(f"--stand-in {stand_in!r} does not exist yet. Available: none")
     registry.find("forms", form)
-    from depthprune.plan import Plan
+    from depthprune.plan import Plan, rank, with_stand_ins
 
+    try:
+        rank(stand_in if stand_in not in (None, "none") else "bias")
+    except PlanError as error:
+        raise OptionError(f"--stand-in: {error}; none for nothing") from None
     asked = Plan.load(plan)
+    asked = asked if stand_in is None else with_stand_ins(asked, stand_in)
     place(out, folder=True)
     made = options.load(model, common, loading)
     from depthprune.export import check_many, expect, write
@@ -147,7 +157,7 @@ def drop(
 
     smaller = cut(made, asked)
     write.export(smaller, out, form)
-    proofs = check_many({out: expect(made, asked)}, device=str(made.device))[out]
+    proofs = check_many({out: expect(made, smaller.plan or asked)}, device=str(made.device))[out]
     _judge(console, proofs, f"{asked.describe()} dropped; written to {out}")
 
 
@@ -189,14 +199,14 @@ def evaluate(
     field: Annotated[str, option("--field", "Field of JSONL and Parquet rows.")] = "text",
 ) -> None:
     """Measure the perplexity of models on text, each token predicted once. Several models make one table."""
-    from depthprune import pruning
+    from depthprune import stages
     from depthprune.evaluate import windows as cut
 
     place(out)
     made = {name: options.load(name, common, loading) for name in models}
     tokenizer = next(iter(made.values())).tokenizer
     rows = cut(",".join(text), tokenizer, window=window, stride=stride, limit=windows, field=field)
-    value = pruning.evaluate(made, rows, console)
+    value = stages.evaluate(made, rows, console)
     write_json(out, value)
     console.result(value, tables.evaluated(value))
 

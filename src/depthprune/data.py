@@ -332,6 +332,23 @@ def overlap(a: Data | Mixture, b: Data | Mixture, *, n: int = 16) -> float:
     return float(np.isin(asked, known).mean()) if asked.size else 0.0
 
 
+def apart(a: Data, b: Data | Mixture, *, n: int = 16) -> Data:
+    """The rows of ``a`` that share no window of ``n`` real tokens with ``b``: what can be learned from and not cheat.
+
+    Raises ``DataError`` where no row is left.
+    """
+    n = min(n, a.length, b.length)
+    known = _windows(b, n)
+    kept = [
+        number
+        for number in range(a.sequences)
+        if not np.isin(_windows(a.rows(slice(number, number + 1)), n), known).any()
+    ]
+    if not kept:
+        raise DataError(f"every row of {a.name} is also in {b.name}")
+    return a if len(kept) == a.sequences else a.rows(torch.tensor(kept))
+
+
 def warn_overlap(a: Data | Mixture, b: Data | Mixture) -> str | None:
     """One line of warning where more than 1 % of ``b`` (evaluation) also occurs in ``a`` (calibration), else None."""
     share = overlap(a, b)

@@ -8,6 +8,7 @@ branches only, nothing else in the block, zero = absent; it is what dropping a s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from depthprune.errors import LayoutError
 from depthprune.families import KIND_OF_NAME, KIND_TOGETHER, LAYER_COUNTS, TOGETHER
 from depthprune.layout import Block, Layout, Norm, Sublayer
 from depthprune.record import Call, answer, forwards, inputs, record
+from depthprune.skip import is_skip
 from depthprune.units import Kind
 
 # What model code raises when a configuration or a missing part does not suit it.
@@ -101,13 +103,17 @@ def discover(net: nn.Module, element_size: int | None = None) -> Layout:
             key = (
                 type(module),
                 sublayers,
-                tuple((name, type(c), bool(size(c))) for name, c in module.named_children()),
+                tuple(
+                    (name, type(c), bool(size(c)), bool(getattr(c, "down", None)))
+                    for name, c in module.named_children()
+                ),
             )
             if key not in known:
                 known[key] = tuple(_serves(module, sublayers, call, stream))
             serves = known[key]
         sublayers = tuple(_with_norms(sublayer, serves) for sublayer in sublayers)
-        blocks.append(Block(index, size(module), arities[index], sublayers, reason, serves, cache[index]))
+        held = sum(size(part) for part in skips(module))
+        blocks.append(Block(index, size(module), arities[index], sublayers, reason, serves, cache[index], held))
     outside = size(net) - sum(block.parameters for block in blocks)
     return Layout(path, tuple(blocks), outside, size_of)
 
@@ -162,7 +168,8 @@ def _is_norm(name: str, module: nn.Module) -> bool:
 
 def _guess(block: nn.Module, outputs: dict[nn.Module, list[tuple[int, Any]]]) -> tuple[Sublayer, ...] | str:
     """The sublayers of a block by names, in execution order, or why none can be named."""
-    children = {n: m for n, m in block.named_children() if size(m) and not _is_norm(n, m) and outputs.get(m)}
+    parts = [(n, m) for n, m in block.named_children() if size(m) and not is_skip(m)]
+    children = {n: m for n, m in parts if not _is_norm(n, m) and outputs.get(m)}
     groups: list[tuple[tuple[str, ...], Kind]] = []
     for members in TOGETHER:
         if all(name in children for name in members):
@@ -179,7 +186,8 @@ def _guess(block: nn.Module, outputs: dict[nn.Module, list[tuple[int, Any]]]) ->
             return f"its part {'+'.join(members)!r} runs more than once in one forward"
     groups.sort(key=lambda group: outputs[children[group[0][-1]]][0][0])
     if not groups:
-        return "it has no weighted parts besides norms"
+        held = any(size(part) for part in skips(block))
+        return f"it has no weighted parts besides norms{' and stand-ins' * held}"
     return tuple(
         Sublayer(
             "+".join(members),
@@ -192,8 +200,8 @@ def _guess(block: nn.Module, outputs: dict[nn.Module, list[tuple[int, Any]]]) ->
     )
 
 
-def zeros(arity: int) -> Callable[..., Any]:
-    """A ``forward`` for a dropped sublayer: zeros in the shape of the stream it was given."""
+def zeros(arity: int, constant: Tensor | None = None) -> Callable[..., Any]:
+    """A ``forward`` for a dropped sublayer: zeros in the shape of the stream it was given, or a constant (D,)."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         stream = (
@@ -201,7 +209,8 @@ def zeros(arity: int) -> Callable[..., Any]:
             if args and isinstance(args[0], Tensor)
             else next(v for v in kwargs.values() if isinstance(v, Tensor))
         )
-        return answer(torch.zeros_like(stream), arity)
+        nothing = torch.zeros_like(stream)
+        return answer(nothing if constant is None else nothing + constant, arity)
 
     return forward
 
@@ -216,10 +225,20 @@ def muted(block: nn.Module, sublayers: tuple[Sublayer, ...]) -> list[tuple[nn.Mo
     return [(block.get_submodule(name), zeros(s.arity)) for s in sublayers for name in s.members]
 
 
+def skips(block: nn.Module) -> list[nn.Module]:
+    """The parts of a block that stand where something was dropped."""
+    return [module for module in block.modules() if is_skip(module)]
+
+
+def silent(block: nn.Module) -> list[tuple[nn.Module, Callable[..., Any]]]:
+    """The replacement forwards that make stand-ins return zeros, for proofs about the sublayers beside them."""
+    return [(part, zeros(part.arity)) for part in skips(block) if size(part)]  # type: ignore[arg-type]
+
+
 def _prove(block: nn.Module, sublayers: tuple[Sublayer, ...], call: Call, stream: Tensor) -> str:
     """Check that the block is the identity when all its sublayers return zeros; say why not."""
     names = ", ".join(s.name for s in sublayers)
-    with forwards(muted(block, sublayers)):
+    with forwards([*silent(block), *muted(block, sublayers)]):
         try:
             after = call.run(block, stream)
         except (
@@ -241,21 +260,47 @@ def _prove(block: nn.Module, sublayers: tuple[Sublayer, ...], call: Call, stream
 
 
 def _serves(block: nn.Module, sublayers: tuple[Sublayer, ...], call: Call, stream: Tensor) -> Iterator[Norm]:
-    """For each norm of a block, the sublayers it works for: those whose update changes when the norm is bypassed."""
+    """For each norm of a block, the sublayers it works for: those whose update changes when the norm is bypassed.
+
+    A stand-in that is given what the norm returns counts, too: the norm then stays when the sublayers go.
+    """
     members = {name for s in sublayers for name in s.members}
+    maps = {name: part for name, part in block.named_children() if is_skip(part) and getattr(part, "down", None)}
     for name, child in block.named_children():
-        if name in members or not size(child):
+        if name in members or not size(child) or is_skip(child):
             continue
         served = set()
         for sublayer in sublayers:
-            others = muted(block, tuple(s for s in sublayers if s is not sublayer))
+            others = [*silent(block), *muted(block, tuple(s for s in sublayers if s is not sublayer))]
             with forwards(others):
                 intact = call.run(block, stream)
             with forwards([*others, (child, through)]):
                 bypassed = call.run(block, stream)
             if not torch.equal(intact, bypassed):
                 served.add(sublayer.name)
+        for stand_in, part in maps.items():
+            heard: list[Tensor] = []
+            with given(part, heard), forwards([*silent(block), *muted(block, sublayers)]):
+                call.run(block, stream)
+                with forwards([(child, through)]):
+                    call.run(block, stream)
+            if not torch.equal(*heard):
+                served.add(stand_in)
         yield Norm(name, size(child), frozenset(served))
+
+
+@contextmanager
+def given(part: nn.Module, seen: list[Tensor]) -> Iterator[None]:
+    """Note the input of a part each time it runs."""
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+
+    hook = part.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _with_norms(sublayer: Sublayer, serves: tuple[Norm, ...]) -> Sublayer:

@@ -1,7 +1,9 @@
-"""The long commands, which leave a folder: ``prune``, the main job, and ``compare``. No torch until one runs."""
+"""The long commands, which leave a folder: ``prune``, ``compare`` and ``recover``. No torch until one runs."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +27,11 @@ from depthprune.options import (
     option,
 )
 
+HOW_HELP = "How to win back what was lost: `refit`, `distill`, `refit+distill:tokens=8M`, …; `list recoverers`."
+RECOVER_DATA_HELP = (
+    "Text to recover on: a text, JSONL or Parquet file, a folder, `hub:NAME:CONFIG:SPLIT`, or a mixture."
+)
+
 
 @options.command(options.app)
 def prune(
@@ -38,7 +45,14 @@ def prune(
     data: Annotated[str | None, option("--data", options.DATA_HELP)] = None,
     out: Annotated[Path | None, option("--out", "The run folder.")] = None,
     demo: Annotated[bool, option("--demo", "Use the small model and the texts that come with depthprune.")] = False,
-    recover: Annotated[str, option("--recover", "How to win back what was lost: `none` in this release.")] = "none",
+    recover: Annotated[str, option("--recover", HOW_HELP + " `none`: leave the weights.")] = "refit",
+    recover_data: Annotated[
+        str | None, option("--recover-data", "Text to recover on; default: that of --data, but for rows of --text.")
+    ] = None,
+    recover_sequences: Annotated[
+        int | None,
+        option("--recover-sequences", "Rows of it; default: a million tokens on a GPU, 64 thousand on a CPU.", least=2),
+    ] = None,
     text: Annotated[
         str | None, option("--text", "Text to evaluate on; default: rows of the calibration text that were not used.")
     ] = None,
@@ -50,7 +64,7 @@ def prune(
     resume: Annotated[bool, option("--resume", "Finish a run that was stopped.")] = False,
     overwrite: Annotated[bool, option("--overwrite", "Replace a run in the folder.")] = False,
 ) -> None:
-    """The main job: plan, drop, prove, evaluate, time and report, in one run folder.
+    """The main job: plan, drop, recover, prove, evaluate, time and report, in one run folder.
 
     Ctrl-C at any moment leaves a run that `--resume` finishes.
     """
@@ -67,7 +81,7 @@ def prune(
             f"prune needs {'--data TEXT to choose by' if data is None else '--out RUN, a folder to write to'}"
         )
     if recover != "none":
-        raise OptionError(f"--recover {recover!r} does not exist yet. Available: none")
+        _known((recover,))
     with resumable(out, console):
         choice, calibration, common = options.settled(choice, calibration, common)
         options.check(choice, drop)
@@ -84,6 +98,8 @@ def prune(
             windows=windows,
             form=form,
             recover=recover,
+            recover_data=recover_data,
+            recover_sequences=recover_sequences,
             bench=run_bench,
             seed=common.seed or 0,
             device=common.device,
@@ -178,3 +194,106 @@ def compare(
         )
         shown.insert(0, tables.compared(value))
     console.result(value, Group(*shown))
+
+
+def _known(ways: Sequence[str], *stand_ins: str) -> None:
+    """Refuse recoverers that do not exist, before a model is loaded."""
+    for part in (part for way in ways for part in way.split("+")):
+        if part.partition(":")[0] not in stand_ins:
+            registry.find("recoverers", part)
+
+
+@options.command(options.app)
+def recover(
+    console: Console,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder with a pruned model and its plan.json.")],
+    teacher: Annotated[str, option("--teacher", "The dense model that it was cut from: " + options.MODEL_HELP)],
+    data: Annotated[str, option("--data", RECOVER_DATA_HELP)],
+    out: OutOption,
+    calibration: Calibration,
+    loading: Loading,
+    common: Common,
+    how: Annotated[list[str] | None, option("--how", HOW_HELP + " Default: refit.")] = None,
+    compare: Annotated[
+        bool, option("--compare", "Try several --how from the same cut; write a table, no model.")
+    ] = False,
+    text: Annotated[
+        list[str] | None, option("--text", "Other text to measure on, before and after; may be given several times.")
+    ] = None,
+    window: Annotated[int, option("--window", "Tokens of a window of these texts.", least=2)] = 512,
+    windows: Annotated[int, option("--windows", "Measure on the first windows.", least=1)] = 128,
+    form: FormOption = "hf",
+    resume: Annotated[bool, option("--resume", "Go on with a training that was stopped.")] = False,
+) -> None:
+    """Win back what a cut cost: other weights in the same structure, written to a new folder and proven.
+
+    `refit` is closed form and takes seconds to minutes; `distill`, `full`, `lora` and `tail` train; `a+b` does one after
+    the other. With `--compare` each `--how` starts from the same cut; there `bias` and `lowrank:16` are stand-ins, filled
+    without training. Under `torchrun` several processes share the text.
+    """
+    from depthprune import recovering
+
+    ways = list(how or (recovering.COMPARED if compare else ("refit",)))
+    if len(ways) > 1 and not compare:
+        raise OptionError("several --how need --compare; to do one after the other write --how refit+distill")
+    _known(ways, *(recovering.STAND_INS if compare else ()))
+    registry.find("forms", form)
+    if not (folder / "plan.json").is_file():
+        raise OptionError(f"{folder} has no plan.json: recover takes a folder that depthprune drop or prune wrote")
+    if not (compare and (out / "recover.json").is_file()):
+        place(out, folder=True)
+    training = out.with_name(f".{out.name}.training")
+    if training.exists() and not (resume or compare):
+        raise OptionError(f"{training} holds a training that was stopped: add --resume to go on with it, or delete it")
+    from depthprune import dist
+    from depthprune.evaluate import fits
+    from depthprune.evaluate import windows as cut
+    from depthprune.model import where
+
+    common = replace(common, device=dist.start(where(common.device)))
+    dense = options.load(teacher, common, loading)
+    model = recovering.reopen(options.load(str(folder), common, loading), folder)
+    asked = recovering.Asked(
+        data,
+        calibration.sequences,
+        calibration.length or 512,
+        calibration.field,
+        common.seed or 0,
+        options.size(calibration.memory),
+    )
+    rows = recovering.text_of(asked, model)
+    window = min(window, model.positions or window)
+    texts = {name: cut(name, model.tokenizer, window=window, limit=windows) for name in text or ()}
+    for measured in texts.values():
+        fits(model, measured)
+    recovering.shared(rows, texts, console)
+    if compare:
+        out.mkdir(parents=True, exist_ok=True)
+        found = recovering.compare(model, dense, rows, ways, texts, asked, out, console)
+        for row in found["rows"]:
+            for line in row.get("warnings", ()):
+                console.warn(f"{row['how']}: {line}")
+        console.result(found, tables.recoveries(found))
+        return
+    with resumable(out, console):
+        made = recovering.recovered(
+            model, dense, rows, ways[0], asked, console, folder=training, resume=training.exists()
+        )
+    if dist.rank() > 0:
+        return
+    proofs = recovering.write(made, out, form)
+    if made.recovery is None:
+        console.result(
+            {"path": str(out)}, f"the plan drops nothing, so nothing was recovered; written to {out} as it was"
+        )
+        return
+    measured_on = recovering.measure({"dense": dense, "pruned": model, "recovered": made}, texts, console)
+    shutil.rmtree(training, ignore_errors=True)
+    for line in recovering.carried_over(made.recovery, measured_on):
+        console.warn(line)
+    value = recovering.summary(made.recovery, measured_on)
+    passed = all(proof.passed for proof in proofs)
+    value |= {"path": str(out), "passed": passed, "proofs": [proof.to_json() for proof in proofs]}
+    console.result(value, tables.recovered(value, out))
+    if not passed:
+        raise typer.Exit(1)

@@ -45,6 +45,12 @@ class Block:
     reason: str = ""
     serves: tuple[Norm, ...] = ()  # other children, and the sublayers each works for
     kv_bytes_per_token: int = 0
+    held: int = 0  # parameters of stand-ins for what was dropped from it before
+
+    @property
+    def everything(self) -> set[str] | None:
+        """The sublayers that together are the block; None where a stand-in would be left."""
+        return None if self.held else {sublayer.name for sublayer in self.sublayers}
 
     def idle(self, gone: frozenset[str]) -> tuple[str, ...]:
         """The norms that work for nobody once the sublayers ``gone`` are dropped."""
@@ -105,7 +111,8 @@ class Layout:
     def gone(self, units: Set[Unit] | tuple[Unit, ...]) -> dict[int, frozenset[str] | None]:
         """What each touched block loses: the names of its dropped sublayers, or ``None`` for the whole block.
 
-        This is the canonical form: all sublayers of a block are the block.
+        This is the canonical form: all sublayers of a block are the block, unless it also holds a stand-in, which
+        only goes with the block itself.
         Raises ``PlanError`` for units that do not exist.
         """
         lost: dict[int, set[str] | None] = {}
@@ -119,7 +126,7 @@ class Layout:
                 if names is not None:
                     names.add(unit.sublayer)
         return {
-            index: None if names is None or len(names) == len(self.blocks[index].sublayers) else frozenset(names)
+            index: None if names is None or names == self.blocks[index].everything else frozenset(names)
             for index, names in sorted(lost.items())
         }
 

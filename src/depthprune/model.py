@@ -42,7 +42,7 @@ class Model:
     """A network with its tokenizer, what was found in it, and what it is.
 
     ``net`` is a transformers model in eval mode; ``dtype`` is that of the checkpoint, in which it is saved again,
-    whatever it computes in; ``plan`` is set once units were dropped.
+    whatever it computes in; ``plan`` is set once units were dropped, ``recovery`` once weights were recovered.
     """
 
     net: Any
@@ -51,6 +51,7 @@ class Model:
     reference: Reference
     dtype: torch.dtype
     plan: Plan | None = None
+    recovery: Mapping[str, Any] | None = None
 
     @property
     def device(self) -> torch.device:

@@ -10,6 +10,7 @@ is a whole one. Any prefix of the ``drop`` list of a nested plan is a plan too.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,8 +37,10 @@ class Reference:
 class Plan:
     """An ordered list of units to drop, for one model, with the reasons.
 
-    ``stand_in`` maps units to what is put in their place (nothing, in this release); ``frees`` is what the removal
-    gains; ``why`` records metric, selector, budget, data and every step. Equality ignores ``made_by``.
+    ``stand_in`` maps dropped units to what is put in their place: ``"bias"``, or a map of low rank ``"lowrank:16"``;
+    ``frees`` is what the removal gains; ``why`` records metric, selector, budget, data and every step, and after
+    ``drop`` where the stand-ins are. Equality ignores ``made_by``.
+    Raises ``PlanError`` for units twice, and for stand-ins of units that stay.
     """
 
     model: Reference
@@ -55,6 +58,11 @@ class Plan:
             if unit.sublayer and unit.whole in seen:
                 raise PlanError(f"the plan drops {unit} after its whole block {unit.whole}")
             seen.add(unit)
+        for name, form in self.stand_in.items():
+            unit = Unit.parse(name)
+            rank(form)
+            if unit not in seen and (unit.sublayer or all(other.whole != unit for other in seen)):
+                raise PlanError(f"the plan has a stand-in for {unit}, which it does not drop")
 
     def prefix(self, count: int) -> Plan:
         """The plan of the first ``count`` removals. Raises ``PlanError`` unless the plan is nested and long enough."""
@@ -65,7 +73,9 @@ class Plan:
         why = dict(self.why)
         if "steps" in why:
             why["steps"] = why["steps"][:count]
-        return replace(self, drop=self.drop[:count], frees={}, why=why)
+        left = {unit.whole for unit in self.drop[count:]} | set(self.drop[count:])
+        stand_in = {name: form for name, form in self.stand_in.items() if Unit.parse(name) not in left}
+        return replace(self, drop=self.drop[:count], stand_in=stand_in, frees={}, why=why)
 
     def diff(self, other: Plan) -> dict[str, list[str]]:
         """The units that only this plan drops, only the other, and both."""
@@ -88,10 +98,6 @@ class Plan:
                     f"this plan is for {self.model.id} ({name} {_short(planned)}), "
                     f"not for {reference.id} ({name} {_short(actual)})"
                 )
-        if self.stand_in:
-            raise PlanError(
-                f"this plan asks for stand-ins ({', '.join(self.stand_in)}), which this release cannot make"
-            )
 
     def describe(self) -> str:
         """The plan in a few words, such as ``"12 units (7.self_attn, 3, …)"``."""
@@ -149,6 +155,25 @@ class Plan:
             return cls.from_json(Path(path).read_text(encoding="utf-8"), str(path))
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"cannot read the plan {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def rank(form: Any) -> int:
+    """The rank of a stand-in: 0 for ``"bias"``, R for ``"lowrank:R"``. Raises ``PlanError`` for anything else."""
+    match = re.fullmatch(r"bias|lowrank:([1-9]\d{0,8})", form) if isinstance(form, str) else None
+    if match is None:
+        raise PlanError(f"{form!r} is no stand-in; write bias, or lowrank:16 for a map of rank 16")
+    return int(match[1] or 0)
+
+
+def with_stand_ins(plan: Plan, form: str) -> Plan:
+    """The plan with the same stand-in (``"bias"``, ``"lowrank:16"``; ``"none"``: nothing) for every dropped unit.
+
+    Raises ``PlanError`` for another form.
+    """
+    if form == "none":
+        return replace(plan, stand_in={})
+    rank(form)
+    return replace(plan, stand_in={str(unit): form for unit in plan.drop})
 
 
 def _check_types(fields: Mapping[str, Any], source: str) -> None:

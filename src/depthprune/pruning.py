@@ -1,6 +1,6 @@
 """The main job: from a model and a budget to a folder that is proven, measured and reported.
 
-    plan -> drop -> write -> check -> eval -> bench -> report
+    plan -> drop -> recover -> write -> check -> eval -> bench -> report
 
 Every stage leaves one file in the run folder, written whole or not at all, and every measured loss is kept, so a run
 that was stopped at any moment goes on where it was.
@@ -11,29 +11,28 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from depthprune import sources, tables
-from depthprune.bench import bench
 from depthprune.console import Console
-from depthprune.data import Data, Mixture, calibrate, check_vocabulary, overlap, warn_overlap
-from depthprune.errors import DepthpruneError, OptionError
-from depthprune.evaluate import Windows, fits, perplexity, windows
-from depthprune.export import check_many, expect, export
+from depthprune.data import Data, Mixture, apart, calibrate, check_vocabulary, overlap, warn_overlap
+from depthprune.errors import DataError, DepthpruneError, OptionError
+from depthprune.evaluate import Windows, fits, windows
+from depthprune.export import check_many, expect, expect_as_it_is, export
 from depthprune.files import place, read_json, why, write_json
 from depthprune.mixed import AnyOracle, oracle
 from depthprune.model import Model, load
 from depthprune.plan import Plan
 from depthprune.planning import candidates, choose, protected, settle, stability
+from depthprune.recovering import Asked, carried_over, recovered, reopen, text_of
 from depthprune.report import report
 from depthprune.scores import Scores
+from depthprune.stages import describe, evaluate, scores_json, speed, summarize
 from depthprune.surgery import drop
-from depthprune.units import Unit
 
-REPEATS = 5
 MEANS = {"memory", "device", "bench"}  # settings that change how a run is done and not what it finds
 
 
@@ -58,7 +57,9 @@ class Settings:
     windows: int = 256
     field: str = "text"
     form: str = "hf"
-    recover: str = "none"
+    recover: str = "refit"
+    recover_data: str | None = None
+    recover_sequences: int | None = None
     bench: bool = True
     seed: int = 0
     device: str | None = None
@@ -126,24 +127,70 @@ def prune(
         plan.save(out / "plan.json")
     plan = Plan.load(out / "plan.json")
     console.say(f"dropping {plan.describe()}, measured {plan.why.get('evaluations')} variants")
-    smaller = drop(model, plan)
+    pair = {"dense": model, "pruned": drop(model, plan)}
     if not (out / "model").is_dir():
-        export(smaller, out / "model", settings.form)
+        pair |= _recovered(settings, pair, data, text, out, console)
+        export([*pair.values()][-1], out / "model", settings.form)
+    elif (out / "model" / "recovery.json").is_file():
+        pair["recovered"] = reopen(load_as(replace(settings, model=str(out / "model"))), out / "model")
     if not (out / "check.json").is_file():
         console.say("proving it in a fresh process")
-        proofs = check_many({out / "model": expect(model, plan)}, device=str(model.device))[out / "model"]
+        wanted = expect_as_it_is(pair["recovered"]) if "recovered" in pair else expect(model, pair["pruned"].plan or plan)
+        proofs = check_many({out / "model": wanted}, device=str(model.device))[out / "model"]
         passed = all(proof.passed for proof in proofs)
         write_json(out / "check.json", {"format": 1, "passed": passed, "proofs": [p.to_json() for p in proofs]})
         for proof in proofs:
             console.say(f"  {'ok  ' if proof.passed else 'FAIL'} {proof.name}: {proof.detail}")
-    pair = {"dense": model, "pruned": smaller}
     if not (out / "eval.json").is_file():
         shared = overlap(data, text.data)
-        write_json(out / "eval.json", evaluate(pair, text, console, overlap=shared, folder=out / "model"))
+        found = evaluate(pair, text, console, overlap=shared, folder=out / "model")
+        if "recovered" in pair:
+            losses = {entry["name"]: entry["loss"] for entry in found["models"]}
+            assert pair["recovered"].recovery is not None
+            for line in carried_over(pair["recovered"].recovery, [{"text": text.data.name, "loss": losses}]):
+                console.warn(line)
+        write_json(out / "eval.json", found)
     if settings.bench and not (out / "bench.json").is_file():
         console.say("measuring speed, the two in turn")
-        write_json(out / "bench.json", speed(pair, seed=settings.seed))
+        name, last = [*pair.items()][-1]
+        write_json(out / "bench.json", speed({"dense": model, name: last}, seed=settings.seed))
     return _conclude(out, console)
+
+
+def _recovered(
+    settings: Settings,
+    pair: Mapping[str, Model],
+    data: Data | Mixture,
+    text: Windows,
+    out: Path,
+    console: Console,
+) -> dict[str, Model]:
+    """The model with its weights recovered on text that is not evaluated on; nothing where there is no such text."""
+    if settings.recover == "none" or not pair["pruned"].plan:
+        return {}
+    if settings.recover_data is None and (isinstance(data, Mixture) or data.scored is not None):
+        console.say(f"{data.name} is a task: give --recover-data TEXT to recover weights; without it nothing is")
+        return {}
+    source = settings.recover_data or settings.data
+    asked = Asked(source, settings.recover_sequences, settings.length, settings.field, settings.seed, settings.memory)
+    rows = text_of(asked, pair["dense"])
+    if isinstance(rows, Mixture) or rows.scored is not None:
+        raise DataError(f"--recover-data {source} is a task; recovery reads plain text")
+    try:
+        rows = apart(rows, text.data)
+    except DataError as error:
+        console.say(f"{error}, so nothing is recovered; give --text FILE or --recover-data TEXT")
+        return {}
+    if rows.sequences < 2:
+        console.say(f"too little text in {rows.name} to recover weights on; give --recover-data TEXT")
+        return {}
+    console.say(f"recovering weights: {settings.recover} on {rows.tokens_total:,} tokens of {rows.name}")
+    folder = out / "training"
+    made = recovered(
+        pair["pruned"], pair["dense"], rows, settings.recover, asked, console, folder=folder, resume=folder.is_dir()
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    return {"recovered": made}
 
 
 def _stability(settings: Settings, model: Model, unit: str, console: Console, out: Path) -> dict[str, Any]:
@@ -198,15 +245,6 @@ def load_as(settings: Settings) -> Model:
         tokenizer=settings.tokenizer,
         allow_pickle=settings.allow_pickle,
         trust_remote_code=settings.trust_remote_code,
-    )
-
-
-def describe(model: Model) -> str:
-    """A model in a line."""
-    layout = model.layout
-    return (
-        f"{type(model.net).__name__}: {len(layout.blocks)} blocks, {model.parameters:,} parameters "
-        f"({layout.parameters:,} in blocks), {layout.kv_bytes_per_token:,} bytes of KV cache per token"
     )
 
 
@@ -315,86 +353,3 @@ def scores(oracle: AnyOracle, unit: str, settings: Settings) -> dict[str, Any]:
     every = (*layout.units("block"), *(u for u in layout.units("any") if u.sublayer))
     kept = [str(u) for u in protected(layout, unit, settings.protect)]
     return scores_json(oracle.model, found, every) | {"protected": kept}
-
-
-def scores_json(model: Model, found: Mapping[str, Scores], units: Sequence[Unit]) -> dict[str, Any]:
-    """Scores with the units they are of, as plain values."""
-    layout = model.layout
-    return {
-        "format": 1,
-        "model": {"id": model.reference.id, "blocks": len(layout.blocks)},
-        "layout": [
-            {"unit": str(u), "kind": layout.kind(u), "parameters": layout.freed(frozenset((u,)))} for u in units
-        ],
-        "protected": [],
-        "metrics": {name: measured.to_json() for name, measured in found.items()},
-    }
-
-
-def evaluate(
-    models: Mapping[str, Model],
-    text: Windows,
-    console: Console,
-    *,
-    overlap: float | None = None,
-    folder: Path | None = None,
-) -> dict[str, Any]:
-    """``eval.json``: the perplexity and sizes of several models on one text."""
-    entries = []
-    for name, model in models.items():
-        measured = perplexity(model, text, show=console.show)
-        files = list(folder.glob("*.safetensors")) if folder is not None and model.plan is not None else []
-        entries.append(
-            {
-                "name": name,
-                "path": model.reference.id if not files else "model",
-                "perplexity": measured.perplexity,
-                "loss": measured.loss,
-                "parameters": model.parameters,
-                "bytes": sum(file.stat().st_size for file in files) or model.bytes,
-                "kv_bytes_per_token": model.layout.kv_bytes_per_token,
-            }
-        )
-        console.say(f"  {name}: perplexity {measured.perplexity:.3f} over {measured.tokens:,} tokens")
-    described = text.data.describe()
-    head = {"name": described["name"], "tokens": int(text.scored.sum()), "digest": described["digest"]}
-    return {
-        "format": 1,
-        "text": head,
-        "window": text.data.length,
-        "stride": text.stride,
-        "overlap": overlap,
-        "models": entries,
-    }
-
-
-def speed(
-    models: Mapping[str, Model], *, batch: int = 1, prompt: int = 256, new: int = 32, seed: int = 0
-) -> dict[str, Any]:
-    """``bench.json``: prefill and decoding speed, the models in turn; shorter where the model has fewer positions."""
-    room = min([model.positions for model in models.values() if model.positions is not None] or [1 << 30])
-    if prompt + new > room:
-        new = max(1, min(new, room // 4))
-        prompt = max(1, room - new)
-    nets = {name: model.net for name, model in models.items()}
-    return bench(nets, batch=batch, prompt=prompt, new=new, repeats=REPEATS, seed=seed)
-
-
-def summarize(out: Path) -> dict[str, Any]:
-    """What a run found, in a few numbers."""
-    plan, measured = Plan.load(out / "plan.json"), read_json(out / "eval.json")["models"]
-    dense, pruned = measured[0], measured[-1]
-    summary: dict[str, Any] = {
-        "drop": [str(unit) for unit in plan.drop],
-        "evaluations": plan.why.get("evaluations"),
-        "perplexity": [dense["perplexity"], pruned["perplexity"]],
-        "parameters": [dense["parameters"], pruned["parameters"]],
-        "bytes": [dense["bytes"], pruned["bytes"]],
-        "kv_bytes_per_token": [dense["kv_bytes_per_token"], pruned["kv_bytes_per_token"]],
-    }
-    if (out / "bench.json").is_file():
-        first, *_, last = read_json(out / "bench.json")["models"]
-        for name in ("prefill_ms", "decode_ms_per_token"):
-            if first.get(name) is not None:
-                summary[name] = [first[name], last[name]]
-    return summary

@@ -39,7 +39,14 @@ TABLES: dict[str, dict[str, str]] = {
         "beam": "depthprune.select.beam:beam",
         "evolve": "depthprune.select.evolve:evolve",
     },
-    "recoverers": {},
+    "recoverers": {
+        **{name: f"depthprune.recover.closed:{name}" for name in ("refit", "linear")},
+        "scale": "depthprune.recover.scale:scale",
+        **{name: f"depthprune.recover.fill:{name}" for name in ("mean", "lstsq", "mse", "lm")},
+        **{name: f"depthprune.recover.train:{name}" for name in ("full", "tail")},
+        "lora": "depthprune.recover.lora:lora",
+        "distill": "depthprune.recover.distill:distill",
+    },
     "forms": {"hf": "depthprune.export.hf:write", "plain": "depthprune.export.hf:plain"},
 }
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from depthprune.discover import REFUSALS
 from depthprune.families import LAYER_COUNTS
 
 Fields = dict[str, Any]
+Flagged = tuple[dict[str, tuple[int, ...]], list[tuple[str, str]]]  # biases by name and shape; modules' attributes
 
 
 def _remap(key: str) -> Callable[[Fields, Sequence[int]], None]:
@@ -122,3 +124,33 @@ def prove(net: nn.Module, config: Any) -> str:
             if other != value and not (value is None and field not in vars(others[name])):
                 return f"its configuration would set {name}.{field} to {other!r} instead of {value!r}"
     return ""
+
+
+def bias_flags(net: Any) -> Iterator[tuple[str, Flagged]]:
+    """The flags of a configuration that, set, add biases to the model and nothing else.
+
+    With what each adds: the biases, and the attributes of modules that say so.
+    """
+    have = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    modules = dict(net.named_modules())
+    for flag, value in vars(net.config.get_text_config(decoder=True)).items():
+        if value is not False or "bias" not in flag:
+            continue
+        config = copy.deepcopy(net.config)
+        setattr(config.get_text_config(decoder=True), flag, True)
+        try:
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                built = type(net)(config)
+        except REFUSALS:
+            continue
+        shapes = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
+        new = {name: shape for name, shape in shapes.items() if name not in have}
+        if new and all(name.endswith(".bias") for name in new) and have == {n: shapes.get(n) for n in have}:
+            marks = [
+                (name, mark)
+                for name, module in built.named_modules()
+                for mark, set_ in vars(module).items()
+                if set_ is True and "bias" in mark and name in modules and vars(modules[name]).get(mark) is False
+            ]
+            yield flag, (new, marks)

@@ -22,9 +22,11 @@ from depthprune.model import Model, fingerprint
 from depthprune.plan import Plan, Reference
 from depthprune.record import answer, close, forwards, inputs
 from depthprune.shrink import adopt, prove, shrink
-from depthprune.skip import Skip, cache_slots, skip_sublayers
+from depthprune.skip import VERSION, Skip, cache_slots, skip_sublayers
+from depthprune.standin import Placement, equip, fill, noted, place
 from depthprune.units import Unit, parse
 
+_OWN = ("bias", "down", "up")  # what a ``Skip`` calls its own weights
 _INDEX_NAMES = ("layer_idx", "layer_index", "layer_id", "block_idx")
 
 
@@ -81,6 +83,7 @@ def drop(model: Model, plan: Plan) -> Model:
 
     Whole blocks are taken out of the stack and the configuration is shrunk; sublayers are replaced by ``Skip``. If the
     family's configuration cannot express the removal of those blocks, they stay as empty shells that cost nothing.
+    The plan's stand-ins are put in place at zero effect; the new model's plan notes where they are (``standin.py``).
     Raises ``PlanError`` where the plan does not fit, ``LayoutError`` where the result is not what the plan means.
     """
     plan.fits(model.reference)
@@ -89,26 +92,35 @@ def drop(model: Model, plan: Plan) -> Model:
     gone = model.layout.gone(plan.drop)
     if not model.layout.viable(plan.drop):
         raise PlanError("this plan drops every block, or every attention: no model would be left; keep at least one")
-    shells = not all(layout_block.sublayers for layout_block in model.layout.blocks)
-    reason = ""
-    for keep_shells in (False, True):
-        if keep_shells and shells:
+    whole = frozenset(index for index, names in gone.items() if names is None)
+    able = all(block.sublayers for block in model.layout.blocks)
+    for flags in (True, False):
+        placement = place(model, plan, flags)
+        for shells in dict.fromkeys((placement.shells, whole)):
+            if shells != placement.shells and not able:
+                break
+            net, reason = _cut(model, gone, shells, placement)
+            if not reason:
+                net.eval()
+                layout = discover(net, model.layout.element_size)
+                own = Reference(model.reference.id, model.reference.revision, len(layout.blocks), fingerprint(net))
+                kept = [index for index in range(len(model.layout.blocks)) if index not in whole - shells]
+                plan = noted(plan, placement, layout.path, kept)
+                return replace(model, net=net, layout=layout, reference=own, plan=plan)
+        if not placement.flags:
             break
-        net, reason = _cut(model, gone, keep_shells)
-        if not reason:
-            net.eval()
-            layout = discover(net, model.layout.element_size)
-            own = Reference(model.reference.id, model.reference.revision, len(layout.blocks), fingerprint(net))
-            return replace(model, net=net, layout=layout, reference=own, plan=plan)
     raise LayoutError(f"{plan.describe()} cannot be dropped from {type(model.net).__name__}: {reason}")
 
 
-def _cut(model: Model, gone: dict[int, frozenset[str] | None], shells: bool) -> tuple[nn.Module, str]:
+def _cut(
+    model: Model, gone: dict[int, frozenset[str] | None], shells: frozenset[int], placement: Placement
+) -> tuple[nn.Module, str]:
     """A network without the units, and why it is not right (empty if it is proven)."""
     layout, net = model.layout, clone(model.net)
+    equip(net, placement)
     text = net.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
     blocks = blocks_of(net, layout)
-    taken = set() if shells else {index for index, names in gone.items() if names is None}
+    taken = {index for index, names in gone.items() if names is None} - shells
     kept = [index for index in range(len(blocks)) if index not in taken]
     before = _unmark(text)
     if taken:
@@ -122,6 +134,7 @@ def _cut(model: Model, gone: dict[int, frozenset[str] | None], shells: bool) -> 
         setattr(net.get_submodule(parent), name, nn.ModuleList([blocks[index] for index in kept]))
         for number, index in enumerate(kept):
             renumber(blocks[index], index, number)
+    if taken or placement.flags:
         _mark(text, _moved(before, kept))
         try:
             reason = prove(net, net.config)
@@ -129,33 +142,50 @@ def _cut(model: Model, gone: dict[int, frozenset[str] | None], shells: bool) -> 
             reason = f"no model can be built from its shortened configuration ({' '.join(str(error).split())})"
         if reason:
             return net, reason
-    _mark(text, _joined(_moved(before, kept), _skips(layout, blocks, gone, kept)))
+    _mark(text, _joined(_moved(before, kept), _skips(layout, blocks, gone, kept, placement)))
     skip_sublayers(net)
+    fill(net, layout.path, kept, placement)
     return net, _differs(model, net, gone)
 
 
 Spec = dict[str, Any]  # what a configuration says about missing sublayers; see ``skip.py``
 
 
-def _skips(layout: Layout, blocks: list[nn.Module], gone: dict[int, frozenset[str] | None], kept: list[int]) -> Spec:
-    """What the configuration has to say about missing sublayers, in the numbering of the kept blocks."""
-    spec: Spec = {"version": 1, "block": type(blocks[0]).__name__, "skip": {}, "kinds": {}, "tombstone": ""}
+def _skips(
+    layout: Layout,
+    blocks: list[nn.Module],
+    gone: dict[int, frozenset[str] | None],
+    kept: list[int],
+    placement: Placement,
+) -> Spec:
+    """What the configuration has to say about missing sublayers, in the numbering of the kept blocks.
+
+    The parts with a stand-in are not among ``kinds``: what transformers itself puts there could not hold it.
+    """
+    spec: Spec = {"version": 1, "block": type(blocks[0]).__name__, "skip": {}, "kinds": {}, "stand_in": {}}
     lost = layout.cacheless(gone)
     spec["no_cache"] = [number for number, index in enumerate(kept) if index in lost]
+    buried: dict[str, str] = {}
     for number, index in enumerate(kept):
         if index not in gone:
             continue
-        block = layout.blocks[index]
+        block, held = layout.blocks[index], placement.held(index)
         chosen = gone[index]
         names = frozenset(s.name for s in block.sublayers) if chosen is None else chosen
+        dropped = [s for s in block.sublayers if s.name in names]
         parts = dict.fromkeys(block.idle(names), -1)
-        parts |= {member: s.arity for s in block.sublayers if s.name in names for member in s.members}
+        for s in dropped:
+            mapped = s.members[-1] in held and held[s.members[-1]].rank
+            parts |= dict.fromkeys(s.members[:-1], -1 if mapped else s.arity) | {s.members[-1]: s.arity}
         spec["skip"][str(number)] = parts
-        spec["kinds"][str(number)] = sorted({s.kind for s in block.sublayers if s.name in names})
-        if not spec["tombstone"]:
-            part = next(iter(parts))
-            spec["tombstone"] = f"{number}.{part}.{next(iter(blocks[index].get_submodule(part).state_dict()))}"
-    return spec
+        if kinds := sorted({s.kind for s in dropped if s.members[-1] not in held}):
+            spec["kinds"][str(number)] = kinds
+        for part, one in held.items():
+            spec["stand_in"][f"{number}.{part}"] = {"rank": one.rank, "width": one.width}
+        for part in (*held, *parts):
+            tensors = (t for t in blocks[index].get_submodule(part).state_dict() if t.split(".")[0] not in _OWN)
+            buried.setdefault("held" if part in held else "", next((f"{number}.{part}.{t}" for t in tensors), ""))
+    return spec | {"tombstone": buried.get("held") or buried.get("", "")}
 
 
 def _moved(spec: Spec, kept: list[int]) -> Spec:
@@ -165,6 +195,11 @@ def _moved(spec: Spec, kept: list[int]) -> Spec:
     return spec | {
         "skip": {place[index]: parts for index, parts in spec["skip"].items() if index in place},
         "kinds": {place[index]: kinds for index, kinds in spec["kinds"].items() if index in place},
+        "stand_in": {
+            f"{place[name.partition('.')[0]]}.{name.partition('.')[2]}": form
+            for name, form in spec["stand_in"].items()
+            if name.partition(".")[0] in place
+        },
         "no_cache": [kept.index(index) for index in spec["no_cache"] if index in kept],
         "tombstone": f"{place[block]}.{tensor}" if tensor else "",
     }
@@ -178,6 +213,7 @@ def _joined(before: Spec, now: Spec) -> Spec:
             i: sorted({*before["kinds"].get(i, ()), *now["kinds"].get(i, ())})
             for i in {**before["kinds"], **now["kinds"]}
         },
+        "stand_in": before["stand_in"] | now["stand_in"],
         "no_cache": sorted({*before["no_cache"], *now["no_cache"]}),
         "tombstone": before["tombstone"] or now["tombstone"],
     }
@@ -185,7 +221,7 @@ def _joined(before: Spec, now: Spec) -> Spec:
 
 def _unmark(text: Any) -> Spec:
     """Take from a configuration what an earlier cut said, so that it is that of a whole model again."""
-    nothing = {"skip": {}, "kinds": {}, "no_cache": [], "tombstone": ""}
+    nothing = {"skip": {}, "kinds": {}, "stand_in": {}, "no_cache": [], "tombstone": ""}
     spec: Spec = nothing | (vars(text).pop("depthprune", None) or {})
     if spec["skip"]:
         if isinstance(getattr(type(text), "per_layer_config", None), property):
@@ -198,7 +234,10 @@ def _unmark(text: Any) -> Spec:
 def _mark(text: Any, spec: Spec) -> None:
     """Say in a configuration what is missing: for ourselves, and in transformers' own words."""
     if spec["skip"]:
-        text.depthprune = spec
+        plain = {key: value for key, value in spec.items() if key != "stand_in"}
+        text.depthprune = spec | {"version": VERSION} if spec["stand_in"] else plain
+        if not spec["kinds"]:
+            return
         text.per_layer_config = {int(index): {"skip": kinds} for index, kinds in spec["kinds"].items()}
 
 

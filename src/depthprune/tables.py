@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,6 +104,56 @@ def compared(value: Mapping[str, Any]) -> Group:
     columns = ("recipe", "cut", "left", "perplexity", "ratio", "above best", "models", "passes", "seconds")
     title = f"{value['budget']} of {value['model']['id']}; {value['text']['name']}; dense {dense:.2f}"
     return Group(table(columns, rows, title), *notes)
+
+
+def recovered(value: Mapping[str, Any], out: Path) -> Group:
+    """What a recovery won back, held out and on other texts, and what was done for it."""
+    rows = []
+    for entry in value["rows"]:
+        dense, *others = (entry["loss"][name] for name in ("dense", "pruned", "recovered"))
+        rows.append((entry["text"], *(_perplexity(loss, dense) for loss in (dense, *others))))
+    lines = [
+        f"{stage['how']}: {stage['seconds']:.1f} s, {stage['tokens']:,} tokens"
+        + (f"; undone, as {stage['undone']}" if "undone" in stage else "")
+        for stage in value["stages"]
+    ]
+    lines += [
+        f"  {'ok  ' if proof['passed'] else 'FAIL'} {proof['name']}: {proof['detail']}" for proof in value["proofs"]
+    ]
+    shown = table(("perplexity, and times the dense model's", "dense", "pruned", "recovered"), rows)
+    return Group(shown, *lines, f"written to {out}")
+
+
+def recoveries(value: Mapping[str, Any]) -> Group:
+    """The rows of a ``recover.json``: ways to recover from one cut, the best first."""
+    names = [entry["text"] for entry in value["base"]]
+    base = {entry["text"]: entry["loss"] for entry in value["base"]}
+
+    def shown(losses: Mapping[str, float], held: Mapping[str, float] | None, which: str) -> list[str]:
+        cells = [] if held is None else [_perplexity(held[which], held["dense"])]
+        return [*(cells or [""]), *(_perplexity(losses[name], base[name]["dense"]) for name in names)]
+
+    held = next((row["held_loss"] for row in value["rows"] if "held_loss" in row), None)
+    rows = []
+    if held is not None:
+        rows += [
+            ("dense", *shown({name: base[name]["dense"] for name in names}, held, "dense"), "", ""),
+            ("cut", *shown({name: base[name]["pruned"] for name in names}, held, "before"), "", ""),
+        ]
+    done = [row for row in value["rows"] if "error" not in row]
+    done.sort(key=lambda row: next(iter(row["loss"].values()), row["held_loss"]["after"]))
+    for row in done:
+        mark = " (undone)" if row["undone"] else ""
+        cells = shown(row["loss"], row["held_loss"], "after")
+        rows.append((row["how"] + mark, *cells, f"{row['tokens']:,}", f"{row['seconds']:.1f}"))
+    notes = [f"{row['how']}: {row['error']}" for row in value["rows"] if "error" in row]
+    short = [name.rpartition("/")[2] for name in names]
+    title = f"{value['asked']['model']['id']} without {' '.join(value['asked']['drop'])}"
+    return Group(table(("how", "held-out rows", *short, "tokens", "seconds"), rows, title), *notes)
+
+
+def _perplexity(loss: float, dense: float) -> str:
+    return f"{math.exp(min(loss, 700.0)):.2f} ({math.exp(min(loss - dense, 700.0)):.3f}x)"
 
 
 def agreement(value: Mapping[str, Any]) -> Group:

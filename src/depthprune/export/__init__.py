@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from depthprune.export.check import Proof, check, check_many, expect
+from depthprune.export.check import Proof, check, check_many, expect, expect_as_it_is
 from depthprune.export.write import export
 
-__all__ = ["Proof", "check", "check_many", "expect", "export"]
+__all__ = ["Proof", "check", "check_many", "expect", "expect_as_it_is", "export"]

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from depthprune.export import prove
 from depthprune.files import read_json
 from depthprune.model import Model, auto_name
 from depthprune.plan import Plan
+from depthprune.standin import planned
 from depthprune.surgery import without
 
 TOLERANCE = 1e-4  # of the largest logit, in float32
@@ -64,7 +65,20 @@ def expect(dense: Model, plan: Plan) -> Expected:
     generated = prove.generation_gap(dense.net, tokens) or 0.0
     stepped = prove.stepping_gap(dense.net, tokens) or 0.0
     dtype = str(next(dense.net.parameters()).dtype).removeprefix("torch.")
-    return Expected(tensors, generated, stepped, dense.parameters - dense.layout.freed(plan.drop), dtype)
+    return Expected(tensors, generated, stepped, planned(dense, plan), dtype)
+
+
+@torch.no_grad()
+def expect_as_it_is(model: Model) -> Expected:
+    """Measure the reference on a model as it is in memory: what its folder has to reproduce once weights changed."""
+    tokens, long = probe(model, SHAPE), longer(model)
+    tensors = {"tokens": tokens.cpu(), "logits": model.net(tokens, use_cache=False).logits.float().cpu()}
+    if long is not None:
+        tensors |= {"long": long.cpu(), "late_logits": prove.late_logits(model.net, long)}
+    generated = prove.generation_gap(model.net, tokens) or 0.0
+    stepped = prove.stepping_gap(model.net, tokens) or 0.0
+    dtype = str(next(model.net.parameters()).dtype).removeprefix("torch.")
+    return Expected(tensors, generated, stepped, model.parameters, dtype)
 
 
 def probe(model: Model, shape: tuple[int, int]) -> Tensor:
@@ -95,12 +109,14 @@ def check(
     """Prove a folder: names and shapes, logits against the dense model with the plan applied, cached generation.
 
     Plain folders are loaded by stock transformers without depthprune; uneven ones with ``trust_remote_code``, and again
-    after ``import depthprune``. Without a dense model the logits are not compared.
+    after ``import depthprune``. Without a dense model the logits are not compared, nor where weights were recovered.
     Raises ``CheckpointError`` where the folder is no model.
     """
     path = Path(path)
     if against is not None:
         expected = expect(against, Plan.load(path / "plan.json"))
+        if (path / "recovery.json").is_file():  # other weights than the dense model's, in the same structure
+            expected = replace(expected, tensors={"tokens": expected.tensors["tokens"]})
         device = str(against.device)
     return check_many({path: expected}, device=device)[path]
 

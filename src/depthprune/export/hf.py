@@ -19,7 +19,7 @@ from torch import Tensor
 
 from depthprune import skip
 from depthprune.errors import ExportError
-from depthprune.files import new_folder, place
+from depthprune.files import new_folder, place, write_json
 from depthprune.model import Model, auto_name
 
 MODELLING = "modeling_depthprune"
@@ -54,6 +54,8 @@ def write(model: Model, path: str | Path) -> Path:
                 model.tokenizer.save_pretrained(folder)
             if model.plan is not None:
                 model.plan.save(folder / "plan.json")
+            if model.recovery is not None:
+                write_json(folder / "recovery.json", model.recovery)
             for file in folder.iterdir():  # safetensors makes files that only their owner can read
                 file.chmod((folder / "config.json").stat().st_mode)
     except SafetensorError as error:
@@ -71,11 +73,12 @@ def plain(model: Model, path: str | Path) -> Path:
     Raises ``ExportError`` where the model misses sublayers, which a plain checkpoint cannot say.
     """
     if uneven(model):
-        skipped = model.net.config.get_text_config(decoder=True).depthprune["skip"]
-        where = ", ".join(sorted(skipped, key=int)[:6])
-        raise ExportError(
-            f"form plain cannot express this plan: parts of blocks {where} are gone, not whole blocks; form hf can"
-        )
+        spec = model.net.config.get_text_config(decoder=True).depthprune
+        where = ", ".join(sorted(spec["skip"], key=int)[:6])
+        what = f"parts of blocks {where} are gone, not whole blocks"
+        if held := {name.partition(".")[0] for name in spec.get("stand_in", {})}:
+            what += f" (of {', '.join(sorted(held, key=int)[:6])} their stand-ins are left)"
+        raise ExportError(f"form plain cannot express this plan: {what}; form hf can")
     return write(model, path)
 
 
