@@ -25,17 +25,18 @@ from depthprune.units import Unit
 
 COMMANDS = sorted(typer.main.get_command(options.app).commands)  # type: ignore[attr-defined]
 OPTIONS = {
-    "inspect": "--tokenizer --revision --allow-pickle --trust-remote-code",
+    "inspect": "--tokenizer --revision --allow-pickle --trust-remote-code --place",
     "score": "--data --metric --unit --sequences --length --field --memory --out",
     "plan": "--drop --data --unit --metric --select --protect --recipe --stability --sequences --length --out",
     "drop": "--stand-in --form --out",
-    "check": "--against --tokenizer --revision --allow-pickle --trust-remote-code",
+    "check": "--against --tokenizer --revision --allow-pickle --trust-remote-code --place",
     "eval": "--text --window --stride --windows --field --out",
     "bench": "--batch --prompt --new --repeats --out",
-    "export": "--form --out --tokenizer --revision --allow-pickle --trust-remote-code",
+    "export": "--form --out --tokenizer --revision --allow-pickle --trust-remote-code --place",
     "report": "--open",
-    "prune": "--drop --data --out --demo --recover --text --form --no-bench --resume --overwrite --memory --protect "
+    "prune": "--drop --data --out --demo --recover --recover-data --recover-sequences --text --form --no-bench --resume --overwrite --memory --protect "
     "--recipe --stability",
+    "recover": "--teacher --how --data --text --compare --form --resume --sequences --length --memory --out",
     "compare": "--data --recipes --drop --text --window --windows --metric --unit --sequences --length --memory --out",
     "list": "",
 }

@@ -25,11 +25,11 @@ LEVELS = {
     name: level
     for level, names in enumerate(
         (
-            "errors files registry units scores budget plan select recipes",
-            "layout discover families record model surgery shrink skip standin writers "
+            "errors files registry units scores budget sizes plan select recipes",
+            "layout discover families record offload model surgery shrink skip standin writers "
             "data tasks rows sources hub dist demo",
-            "walk measures timing variants oracle mixed metrics recover export evaluate bench",
-            "run charts report compare planning pruning console options tables jobs cli __init__ __main__",
+            "walk measures timing variants oracle mixed metrics recover prompts selfwritten export evaluate bench",
+            "run charts report compare planning pruning recovering stages console options tables jobs cli __init__ __main__",
         )
     )
     for name in names.split()

@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from command import SMALL, furnish, hold, interrupt, leftovers, run
-from depthprune import oracle, planning, pruning
+from depthprune import oracle, planning, pruning, stages
 from depthprune.export import Proof, hf
 from depthprune.plan import Plan
+from depthprune.recover import closed
 
 RUN = ("prune", "model", "--data", "text.txt", "--text", "test.txt", *SMALL)
 FILES = {"bench.json", "check.json", "eval.json", "log.txt", "losses.jsonl", "model", "plan.json", "report.html"}
@@ -60,8 +61,10 @@ def there(finished: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_run_leaves_its_files(there: Path) -> None:
     assert {path.name for path in (there / "run").iterdir()} == FILES and not leftovers(there)
     assert read("run/check.json")["passed"] and all(proof["passed"] for proof in read("run/check.json")["proofs"])
-    dense, pruned = read("run/eval.json")["models"]
-    assert 0.5 < pruned["perplexity"] / dense["perplexity"] < 2
+    dense, cut, pruned = read("run/eval.json")["models"]
+    assert [cut["name"], pruned["name"]] == ["pruned", "recovered"] and cut["path"] != "model" == pruned["path"]
+    assert 0.5 < pruned["perplexity"] / dense["perplexity"] < 2 and pruned["perplexity"] != cut["perplexity"]
+    assert read("run/model/recovery.json")["stages"][0]["how"] == "refit"
     weights = load_file("run/model/model.safetensors")
     assert pruned["parameters"] == sum(tensor.numel() for tensor in weights.values()) < dense["parameters"]
     plan = Plan.load("run/plan.json")
@@ -87,12 +90,17 @@ def test_the_log_holds_what_was_said(there: Path) -> None:
     assert said[0] == "loading model" and log[: len(said)] == said
 
 
-def test_replaying_the_plan_gives_the_same_weights(there: Path, tmp_path: Path) -> None:
-    done = run("drop", "model", "run/plan.json", "--out", tmp_path / "again")
+def test_replaying_the_plan_and_the_recovery_gives_the_same_weights(there: Path, tmp_path: Path) -> None:
+    done = run("drop", "model", "run/plan.json", "--out", tmp_path / "cut")
     assert done.code == 0 and "FAIL" not in done.out
-    mine, replayed = load_file("run/model/model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
-    assert mine.keys() == replayed.keys() and all(torch.equal(mine[name], replayed[name]) for name in mine)
-    assert (tmp_path / "again" / "config.json").read_text() == Path("run/model/config.json").read_text()
+    mine, cut = load_file("run/model/model.safetensors"), load_file(tmp_path / "cut" / "model.safetensors")
+    assert {name: t.shape for name, t in mine.items()} == {name: t.shape for name, t in cut.items()}
+    assert (tmp_path / "cut" / "config.json").read_text() == Path("run/model/config.json").read_text()
+    assert any(not torch.equal(mine[name], cut[name]) for name in mine)
+    words = ("recover", tmp_path / "cut", "--teacher", "model", "--data", "text.txt", "--out", tmp_path / "again")
+    assert run(*words, *SMALL[2:]).code == 0
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(mine[name], again[name]) for name in mine)
 
 
 def test_resuming_a_finished_run_only_tells_its_result_again(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,8 +210,9 @@ def test_how_a_run_is_done_may_change_when_it_is_resumed(desk: Path, monkeypatch
         seeds.append(options["seed"])
         return {"models": [{"name": "dense"}, {"name": "pruned"}]}
 
-    monkeypatch.setattr(pruning, "bench", bench)
-    monkeypatch.setattr(pruning, "expect", None)  # nothing is proven again
+    monkeypatch.setattr(stages, "bench", bench)
+    for name in ("expect", "expect_as_it_is", "recovered"):
+        monkeypatch.setattr(pruning, name, None)  # nothing is proven or recovered again
     assert run(*words, "--resume", "--memory", "2GB", "--device", "cpu").code == 0
     assert seeds == [4] and Path("run/bench.json").is_file()
 
@@ -282,10 +291,11 @@ MOMENTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "reading": (pruning, "calibrate", interrupt),
     "searching": (oracle, "losses", third_call(oracle.losses)),
     "cutting": (pruning, "drop", interrupt),
+    "recovering": (closed, "fit_inner", interrupt),
     "writing": (hf, "_state", interrupt),
     "proving": (pruning, "check_many", interrupt),
-    "evaluating": (pruning, "perplexity", interrupt),
-    "timing": (pruning, "bench", interrupt),
+    "evaluating": (stages, "perplexity", interrupt),
+    "timing": (stages, "bench", interrupt),
     "reporting": (pruning, "report", interrupt),
 }
 

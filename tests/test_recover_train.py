@@ -25,10 +25,11 @@ from depthprune.plan import Plan
 from depthprune.recover import distill as distilling
 from depthprune.recover import loop as looping
 from depthprune.recover.arguments import unlaunched
-from depthprune.recover.distill import Distill, distill, kept_blocks
+from depthprune.recover.distill import Distill, distill
 from depthprune.recover.feed import IGNORED, Stream, labels, order
 from depthprune.recover.loop import by_parts, cross_entropy, held_loss, language, last_checkpoint
 from depthprune.recover.lora import linear_layers, lora
+from depthprune.recover.pair import kept_blocks
 from depthprune.recover.repair import Repair
 from depthprune.recover.settings import Settings, count, settled
 from depthprune.recover.train import full, tail, train
@@ -290,7 +291,7 @@ def test_distillation_measures_the_distance_to_the_teacher(subject: Callable[...
     p, q = (net(input_ids=data.tokens, attention_mask=data.mask.long()).logits for net in (teacher.net, model.net))
 
     def loss(student: Model, **options: Any) -> float:
-        kept = kept_blocks(student, teacher) if options.get("features") else []
+        kept = kept_blocks(teacher, student) if options.get("features") else []
         return distilling._loss(student, teacher, Distill(**options), kept, None, student.net, batch).item()
 
     for t in (1.0, 2.0):
@@ -314,8 +315,8 @@ def test_distillation_measures_the_distance_to_the_teacher(subject: Callable[...
         gaps.append((((a - b) ** 2).mean() / (b**2).mean()).item())
     assert gaps[0] == 0 < gaps[1]
     assert loss(model, features=2.0) == pytest.approx(plain + 2 * sum(gaps) / 3 * data.predicted, rel=1e-4)
-    with pytest.raises(PlanError, match="another teacher"):
-        kept_blocks(replace(model, plan=None), teacher)
+    with pytest.raises(PlanError, match="not the plan it was cut by"):
+        kept_blocks(teacher, replace(model, plan=None))
 
 
 def test_text_is_streamed_without_what_is_held_out(subject: Callable[..., Model], tmp_path: Path) -> None:
@@ -406,5 +407,5 @@ def test_lora_says_how_to_get_peft(subject: Callable[..., Model], monkeypatch: p
 
 def test_a_kept_block_is_found_by_the_plan(subject: Callable[..., Model]) -> None:
     teacher = subject("llama")
-    assert kept_blocks(cut(teacher, "0", "2.mlp"), teacher) == [1, 2, 3]
-    assert kept_blocks(drop(teacher, Plan(teacher.reference, (Unit("", 1, "mlp"),))), teacher) == [0, 1, 2, 3]
+    assert kept_blocks(teacher, cut(teacher, "0", "2.mlp")) == [1, 2, 3]
+    assert kept_blocks(teacher, drop(teacher, Plan(teacher.reference, (Unit("", 1, "mlp"),)))) == [0, 1, 2, 3]

@@ -49,6 +49,7 @@ _WHERE = {
     "load": "model",
     "losses": "variants",
     "perplexity": "evaluate",
+    "recover": "recover.apply",
     "report": "report",
     "score": "planning",
     "select": "planning",

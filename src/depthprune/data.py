@@ -339,11 +339,8 @@ def apart(a: Data, b: Data | Mixture, *, n: int = 16) -> Data:
     """
     n = min(n, a.length, b.length)
     known = _windows(b, n)
-    kept = [
-        number
-        for number in range(a.sequences)
-        if not np.isin(_windows(a.rows(slice(number, number + 1)), n), known).any()
-    ]
+    each = (_windows(a.rows(slice(number, number + 1)), n) for number in range(a.sequences))
+    kept = [number for number, found in enumerate(each) if not np.isin(found, known).any()]
     if not kept:
         raise DataError(f"every row of {a.name} is also in {b.name}")
     return a if len(kept) == a.sequences else a.rows(torch.tensor(kept))

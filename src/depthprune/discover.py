@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from depthprune.errors import LayoutError
 from depthprune.families import KIND_OF_NAME, KIND_TOGETHER, LAYER_COUNTS, TOGETHER
 from depthprune.layout import Block, Layout, Norm, Sublayer
+from depthprune.offload import hold
 from depthprune.record import Call, answer, forwards, inputs, record
 from depthprune.skip import is_skip
 from depthprune.units import Kind
@@ -81,8 +82,8 @@ def discover(net: nn.Module, element_size: int | None = None) -> Layout:
     """
     path = find_stack(net)
     modules = list(net.get_submodule(path).children())
-    device = next(net.parameters()).device
-    vocabulary = net.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    table = net.get_input_embeddings().weight  # type: ignore[operator]
+    device, vocabulary = table.device, table.shape[0]
     tokens = torch.randint(vocabulary, PROBE, generator=torch.Generator().manual_seed(0)).to(device)
     outputs = _watch(net, modules, tokens)
     arities = [_arity(outputs[block][-1][1]) for block in modules]
@@ -95,22 +96,23 @@ def discover(net: nn.Module, element_size: int | None = None) -> Layout:
     for index, (module, call) in enumerate(zip(modules, recording.calls, strict=True)):
         stream = recording.stream
         stream = stream + torch.randn(stream.shape, generator=noise).to(stream)
-        guessed = _guess(module, outputs)
-        reason = guessed if isinstance(guessed, str) else _prove(module, guessed, call, stream)
-        sublayers = () if isinstance(guessed, str) or reason else guessed
-        serves: tuple[Norm, ...] = ()
-        if sublayers:
-            key = (
-                type(module),
-                sublayers,
-                tuple(
-                    (name, type(c), bool(size(c)), bool(getattr(c, "down", None)))
-                    for name, c in module.named_children()
-                ),
-            )
-            if key not in known:
-                known[key] = tuple(_serves(module, sublayers, call, stream))
-            serves = known[key]
+        with hold(module):
+            guessed = _guess(module, outputs)
+            reason = guessed if isinstance(guessed, str) else _prove(module, guessed, call, stream)
+            sublayers = () if isinstance(guessed, str) or reason else guessed
+            serves: tuple[Norm, ...] = ()
+            if sublayers:
+                key = (
+                    type(module),
+                    sublayers,
+                    tuple(
+                        (name, type(c), bool(size(c)), bool(getattr(c, "down", None)))
+                        for name, c in module.named_children()
+                    ),
+                )
+                if key not in known:
+                    known[key] = tuple(_serves(module, sublayers, call, stream))
+                serves = known[key]
         sublayers = tuple(_with_norms(sublayer, serves) for sublayer in sublayers)
         held = sum(size(part) for part in skips(module))
         blocks.append(Block(index, size(module), arities[index], sublayers, reason, serves, cache[index], held))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from torch import Tensor
 from depthprune import sources
 from depthprune.data import Data, check_vocabulary, digest
 from depthprune.errors import DataError, OptionError
+from depthprune.layout import blocks_of
 from depthprune.model import Model
+from depthprune.offload import hold, offloaded
 from depthprune.oracle import Show
-from depthprune.record import inputs, slices
+from depthprune.record import close, head, inputs, record, slices
 from depthprune.rows import opening
 
 LOGITS = 1 << 26  # numbers: logits of one forward at the most
@@ -121,13 +123,46 @@ def perplexity(model: Model, text: Windows, *, show: Show | None = None) -> Perp
     fits(model, text)
     tokens, mask, scored = text.data.tokens, text.data.mask, text.scored
     rows = max(1, min(LOGITS // (model.vocabulary * tokens.shape[1]), 8192 // tokens.shape[1]))
-    total = 0.0
-    for some in slices(len(tokens), rows):
-        ids, real = tokens[some].to(model.device), mask[some].to(model.device)
-        logits = model.net(**inputs(ids, real), use_cache=False).logits[:, :-1].float()
+    total, cuts = 0.0, slices(len(tokens), rows)
+    for some, made in zip(cuts, _logits(model, tokens, mask, cuts), strict=True):
+        ids, logits = tokens[some].to(model.device), made[:, :-1].float()
         nll = logits.logsumexp(-1) - logits.gather(-1, ids[:, 1:, None]).squeeze(-1)
         total += nll.double()[scored[some, 1:].to(model.device)].sum().item()
         if show is not None:
             show("perplexity", float(some.stop), float(len(tokens)))
     count = int(scored.sum())
     return Perplexity(total / count, count, len(tokens))
+
+
+def _logits(model: Model, tokens: Tensor, mask: Tensor, cuts: Sequence[slice]) -> Iterator[Tensor]:
+    """The logits of each batch of rows: by a plain forward, or block by block where weights wait elsewhere."""
+    if offloaded(model.net) and _streams(model, tokens[:1, :16], mask[:1, :16]):
+        yield from _streamed(model, tokens, mask, cuts)
+        return
+    for some in cuts:
+        yield _plain(model, tokens[some], mask[some])
+
+
+def _plain(model: Model, tokens: Tensor, mask: Tensor) -> Tensor:
+    logits: Tensor = model.net(**inputs(tokens.to(model.device), mask.to(model.device)), use_cache=False).logits
+    return logits
+
+
+def _streamed(model: Model, tokens: Tensor, mask: Tensor, cuts: Sequence[slice]) -> Iterator[Tensor]:
+    """All batches go through a block before the next one is touched; their streams wait in the CPU's memory."""
+    blocks, arities = blocks_of(model.net, model.layout), [block.arity for block in model.layout.blocks]
+    device = model.device
+    found = [record(model.net, blocks, arities, tokens[some].to(device), mask[some].to(device)) for some in cuts]
+    streams = [recording.stream.cpu() for recording in found]
+    for index, block in enumerate(blocks):
+        with hold(block):
+            for number, recording in enumerate(found):
+                streams[number] = recording.calls[index].run(block, streams[number].to(device)).cpu()
+    for stream in streams:
+        yield head(model.net, blocks, arities, stream.to(device))
+
+
+def _streams(model: Model, tokens: Tensor, mask: Tensor) -> bool:
+    """Whether blocks called one by one give the logits of the model: some hand each other something in secret."""
+    (streamed,) = _streamed(model, tokens, mask, [slice(0, len(tokens))])
+    return close(streamed, _plain(model, tokens, mask))

@@ -29,7 +29,9 @@ from depthprune.options import (
 
 HOW_HELP = "How to win back what was lost: `refit`, `distill`, `refit+distill:tokens=8M`, …; `list recoverers`."
 RECOVER_DATA_HELP = (
-    "Text to recover on: a text, JSONL or Parquet file, a folder, `hub:NAME:CONFIG:SPLIT`, or a mixture."
+    "Text to recover on: a text, JSONL or Parquet file, a folder, `hub:NAME:CONFIG:SPLIT`, or a mixture; `self:`: what "
+    "the dense model writes itself, `self:PROMPTS` from the beginnings of a text, `self:FILE:chat=true` as answers; "
+    "also `:temperature=0.8:top_p=0.95:prompt=32`."
 )
 
 
@@ -47,7 +49,12 @@ def prune(
     demo: Annotated[bool, option("--demo", "Use the small model and the texts that come with depthprune.")] = False,
     recover: Annotated[str, option("--recover", HOW_HELP + " `none`: leave the weights.")] = "refit",
     recover_data: Annotated[
-        str | None, option("--recover-data", "Text to recover on; default: that of --data, but for rows of --text.")
+        str | None,
+        option(
+            "--recover-data",
+            "Text to recover on, or `self:`, which the dense model writes (see `recover`); default: that of --data, "
+            "but for rows of --text.",
+        ),
     ] = None,
     recover_sequences: Annotated[
         int | None,
@@ -227,9 +234,9 @@ def recover(
 ) -> None:
     """Win back what a cut cost: other weights in the same structure, written to a new folder and proven.
 
-    `refit` is closed form and takes seconds to minutes; `distill`, `full`, `lora` and `tail` train; `a+b` does one after
-    the other. With `--compare` each `--how` starts from the same cut; there `bias` and `lowrank:16` are stand-ins, filled
-    without training. Under `torchrun` several processes share the text.
+    `refit` is closed form and takes seconds to minutes; `distill`, `full`, `lora` and `tail` train; `a+b` does one
+    after the other. With `--compare` each `--how` starts from the same cut; there `bias` and `lowrank:16` are
+    stand-ins, filled without training. Under `torchrun` several processes share the text.
     """
     from depthprune import recovering
 
@@ -261,7 +268,8 @@ def recover(
         common.seed or 0,
         options.size(calibration.memory),
     )
-    rows = recovering.text_of(asked, model)
+    kept = out.with_name(f".{out.name}.written.safetensors")
+    rows = recovering.text_of(asked, dense, console, kept)
     window = min(window, model.positions or window)
     texts = {name: cut(name, model.tokenizer, window=window, limit=windows) for name in text or ()}
     for measured in texts.values():
@@ -282,6 +290,7 @@ def recover(
     if dist.rank() > 0:
         return
     proofs = recovering.write(made, out, form)
+    kept.unlink(missing_ok=True)
     if made.recovery is None:
         console.result(
             {"path": str(out)}, f"the plan drops nothing, so nothing was recovered; written to {out} as it was"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import logging
 import textwrap
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,10 +20,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from depthprune import hub
-from depthprune.discover import discover
+from depthprune.discover import discover, find_stack
 from depthprune.errors import CheckpointError, OptionError, unknown
 from depthprune.layout import Layout
+from depthprune.offload import Folder, adopt, numbers, places
 from depthprune.plan import Plan, Reference
+from depthprune.sizes import budgets
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # What transformers raises where a checkpoint is absent, its configuration odd, or a package that it needs missing.
@@ -90,15 +94,18 @@ def load(
     tokenizer: str | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    place: str = "whole",
 ) -> Model:
     """Load a model from a folder or the Hub, find its blocks and prove which sublayers can be dropped.
 
     ``device`` defaults to the GPU if there is one; ``dtype`` to the checkpoint's own on a GPU, float32 on a CPU;
-    ``tokenizer`` to the model's folder.
+    ``tokenizer`` to the model's folder. ``place`` is where weights are: ``whole`` on the device; ``auto`` there as far
+    as there is room, the next blocks in the CPU's memory and the rest on disk (``auto:cuda=10GB,cpu=20GB`` says how
+    much), from where each comes to the device when it is used.
     Raises ``CheckpointError`` where weights are missing, truncated or mismatched, ``LayoutError`` where no blocks are
-    found, ``OptionError`` for a device or dtype that there is not.
+    found, ``OptionError`` for a device, dtype or place that there is not.
     """
-    source = str(source)
+    source, allowed = str(source), budgets(place)
     device = where(device)
     wanted = _dtype(dtype) or (torch.float32 if device.startswith("cpu") else "auto")
     away = _find(source)
@@ -106,13 +113,19 @@ def load(
     options |= {"local_files_only": True} if away else {}
     with _translated(source, away):
         config = transformers.AutoConfig.from_pretrained(source, **options)
-        net, info = getattr(transformers, auto_name(config.to_dict())).from_pretrained(
+        auto = getattr(transformers, auto_name(config.to_dict()))
+        stack, spread = "", {"": device} if device != "cpu" else None
+        if allowed is not None:
+            stack, spread = _spread(auto, config, wanted, device, allowed, trust_remote_code)
+        waits, folder = spread is not None and len(spread) > 1, Folder()
+        net, info = auto.from_pretrained(
             source,
             dtype=wanted,
             use_safetensors=None if allow_pickle else True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
-            device_map=device if device != "cpu" else None,
+            device_map=spread,
+            offload_folder=str(folder.path) if waits else None,
             **options,
         )
     for key in ("missing_keys", "mismatched_keys"):
@@ -122,6 +135,8 @@ def load(
             fault = "has no" if key == "missing_keys" else "has another shape than its config.json says of"
             rest = ": its weights are incomplete" if key == "missing_keys" else ""
             raise CheckpointError(f"the checkpoint {source} {fault} {names[0]}{more}{rest}")
+    if waits:
+        adopt(net, stack, torch.device(device), folder)
     return wrap(net.eval(), _tokenizer(tokenizer or source, options), source, revision, config.dtype)
 
 
@@ -136,7 +151,7 @@ def fingerprint(net: nn.Module) -> str:
     """A digest of all names, shapes and a sample of each weight's values, the same in float32 and bfloat16."""
     digest = hashlib.sha256()
     for name, parameter in sorted(net.named_parameters()):
-        flat = parameter.detach().flatten()
+        flat = numbers(parameter).flatten()
         sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).to("cpu", torch.float32)
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sample.numpy().tobytes())
@@ -154,6 +169,18 @@ def where(device: str | None) -> str:
     if device not in known:
         raise OptionError(f"no device {device!r} that torch can use on this machine. Available: {', '.join(known)}")
     return device
+
+
+def _spread(
+    auto: Any, config: Any, dtype: Any, device: str, allowed: Mapping[str, int], trust_remote_code: bool
+) -> tuple[str, dict[str, Any] | None]:
+    """The path of the stack and where each part of a model goes, from its configuration alone."""
+    kind = config.dtype or torch.float32 if dtype == "auto" else dtype
+    with torch.device("meta"):
+        net = auto.from_config(copy.deepcopy(config), dtype=kind, trust_remote_code=trust_remote_code)
+    stack = find_stack(net)
+    found = places(net, stack, torch.device(device), allowed)
+    return stack, None if found == {"": "cpu"} else found
 
 
 def _find(source: str) -> str:
@@ -198,6 +225,9 @@ def _tokenizer(source: str, options: dict[str, Any]) -> Any:
 def _translated(source: str, away: str = "") -> Iterator[None]:
     """Turn the many ways in which a checkpoint can be broken, or absent, into one line."""
     progress = transformers.utils.logging.is_progress_bar_enabled()
+    told = logging.getLogger("accelerate.big_modeling")  # warns of weights that are not in memory, as they should
+    level = told.level
+    told.setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings():
@@ -215,6 +245,7 @@ def _translated(source: str, away: str = "") -> Iterator[None]:
         what = "the weights do not match the configuration of" if "size mismatch" in str(error) else "cannot load"
         raise CheckpointError(f"{what} {source}: {text}") from None
     finally:
+        told.setLevel(level)
         if progress:
             transformers.utils.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 

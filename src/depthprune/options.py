@@ -20,6 +20,8 @@ from depthprune import recipes, registry
 from depthprune.budget import Budget
 from depthprune.console import Console
 from depthprune.errors import DepthpruneError, OptionError, unknown
+from depthprune.sizes import budgets
+from depthprune.sizes import size as bytes_of
 from depthprune.units import UNITS, Unit
 
 if TYPE_CHECKING:
@@ -72,6 +74,18 @@ class Loading:
     trust_remote_code: Annotated[
         bool, option("--trust-remote-code", "Run the modelling code that comes with a checkpoint.")
     ] = False
+    place: Annotated[
+        str,
+        option(
+            "--place",
+            "Where weights are: `whole`, all on the device; `auto`, for models larger than memory: the first blocks on "
+            "the device, the next in the CPU's memory, the rest on disk, each on the device while it is used. It takes "
+            "40 % of what is free unless told: `auto:cuda=10GB,cpu=20GB`. Slower; not for training.",
+        ),
+    ] = "whole"
+
+    def __post_init__(self) -> None:
+        budgets(self.place)
 
 
 @dataclass(frozen=True)
@@ -246,6 +260,7 @@ def load(model: str, common: Common, loading: Loading) -> Model:
         revision=loading.revision,
         allow_pickle=loading.allow_pickle,
         trust_remote_code=loading.trust_remote_code,
+        place=loading.place,
     )
 
 
@@ -299,16 +314,4 @@ class _Vast:
 
 def size(written: str | None) -> int | None:
     """A size such as ``4GB`` in bytes. Raises ``OptionError`` for anything else."""
-    if written is None:
-        return None
-    number, scale = written.strip().upper().removesuffix("B"), 1.0
-    for letter, factor in {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}.items():
-        if number.endswith(letter):
-            number, scale = number[:-1], factor
-    try:
-        amount = int(float(number) * scale)
-    except (ValueError, OverflowError):
-        raise OptionError(f"--memory {written!r} is no size; write 4GB or 500MB") from None
-    if amount <= 0:
-        raise OptionError(f"--memory {written!r} must be more than nothing")
-    return amount
+    return None if written is None else bytes_of(written, "--memory")

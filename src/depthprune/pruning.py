@@ -33,7 +33,7 @@ from depthprune.scores import Scores
 from depthprune.stages import describe, evaluate, scores_json, speed, summarize
 from depthprune.surgery import drop
 
-MEANS = {"memory", "device", "bench"}  # settings that change how a run is done and not what it finds
+MEANS = {"memory", "device", "bench", "place"}  # settings that change how a run is done and not what it finds
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class Settings:
     memory: int | None = None
     allow_pickle: bool = False
     trust_remote_code: bool = False
+    place: str = "whole"
 
 
 def prune(
@@ -145,10 +146,7 @@ def prune(
         shared = overlap(data, text.data)
         found = evaluate(pair, text, console, overlap=shared, folder=out / "model")
         if "recovered" in pair:
-            losses = {entry["name"]: entry["loss"] for entry in found["models"]}
-            assert pair["recovered"].recovery is not None
-            for line in carried_over(pair["recovered"].recovery, [{"text": text.data.name, "loss": losses}]):
-                console.warn(line)
+            found["recovery"] = _told(pair["recovered"], found, text, console)
         write_json(out / "eval.json", found)
     if settings.bench and not (out / "bench.json").is_file():
         console.say("measuring speed, the two in turn")
@@ -191,6 +189,23 @@ def _recovered(
     )
     shutil.rmtree(folder, ignore_errors=True)
     return {"recovered": made}
+
+
+def _told(model: Model, found: Mapping[str, Any], text: Windows, console: Console) -> dict[str, Any]:
+    """What ``eval.json`` says of the recovery: how, on what, and a warning where it does not carry over to this text."""
+    done = model.recovery
+    assert done is not None
+    losses = {entry["name"]: entry["loss"] for entry in found["models"]}
+    lines = carried_over(done, [{"text": text.data.name, "loss": losses}])
+    for line in lines:
+        console.warn(line)
+    return {
+        "how": "+".join(stage["how"] for stage in done["stages"]),
+        "tokens": sum(stage["tokens"] for stage in done["stages"]),
+        "seconds": sum(stage["seconds"] for stage in done["stages"]),
+        "text": done["data"]["name"],
+        "warning": lines[0] if lines else None,
+    }
 
 
 def _stability(settings: Settings, model: Model, unit: str, console: Console, out: Path) -> dict[str, Any]:
@@ -245,6 +260,7 @@ def load_as(settings: Settings) -> Model:
         tokenizer=settings.tokenizer,
         allow_pickle=settings.allow_pickle,
         trust_remote_code=settings.trust_remote_code,
+        place=settings.place,
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from depthprune import dist
+from depthprune import dist, prompts, selfwritten
 from depthprune.console import Console
 from depthprune.data import Data, Mixture, calibrate, overlap, warn_overlap
 from depthprune.errors import DepthpruneError, OptionError
@@ -48,9 +48,16 @@ def reopen(model: Model, folder: Path) -> Model:
     return replace(model, plan=Plan.load(folder / "plan.json"), recovery=before)
 
 
-def text_of(asked: Asked, model: Model) -> Data | Mixture:
-    """Rows to recover on: as many as were asked for, else a million tokens for a GPU, and 64 thousand for a CPU."""
+def text_of(asked: Asked, model: Model, console: Console | None = None, keep: Path | None = None) -> Data | Mixture:
+    """Rows to recover on: as many as were asked for, else a million tokens for a GPU, and 64 thousand for a CPU.
+
+    ``model`` is the dense one: of ``self:`` it writes the text, a quarter as much, which the file ``keep`` then holds.
+    """
     length = min(asked.length, model.positions or asked.length)
+    if prompts.asked(asked.data):
+        told: dict[str, Any] = {"show": console.show, "say": console.say} if console and dist.rank() == 0 else {}
+        rows: dict[str, Any] = {"sequences": asked.sequences, "length": length, "seed": asked.seed}
+        return selfwritten.write(model, asked.data, field=asked.field, memory=asked.memory, keep=keep, **rows, **told)
     most = asked.sequences or max(2, TOKENS.get(model.device.type, TOKENS["cpu"]) // length)
     with warnings.catch_warnings():
         if asked.sequences is None:  # less text than that is fine

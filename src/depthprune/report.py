@@ -4,7 +4,8 @@
     scores.json   {"format", "model": {"id", "blocks"}, "layout": [{"unit", "kind", "parameters"}], "protected": [unit],
                    "metrics": {name: {"data": {…}, "dense": {"loss"}, "units": {unit: {"score", "se"}}}}}
     eval.json     {"format", "text": {"name", "tokens", "digest"}, "window", "stride", "overlap",
-                   "models": [{"name", "path", "perplexity", "loss", "parameters", "bytes", "kv_bytes_per_token"}]}
+                   "models": [{"name", "path", "perplexity", "loss", "parameters", "bytes", "kv_bytes_per_token"}],
+                   "recovery": {"how", "tokens", "seconds", "text", "warning"}}; the last where weights were recovered
     bench.json    what ``bench`` returns
     check.json    {"format", "passed", "proofs": [{"name", "passed", "detail"}]}
     run.json      {"command": text or list of arguments}; optional
@@ -83,6 +84,7 @@ def view(run: Run) -> dict[str, Any]:
         "measures": [measure for measure in measures.values() if measure.measured],
         "tiles": [measures[name] for name in _TILES],
         "models": model_names(run),
+        "recovery": _recovery(run),
         "warnings": _warnings(run, measures),
         "passed": bool(run.check and run.check.flag("passed")) and not _failed(run),
         "proofs": run.check.objects("proofs") if run.check else [],
@@ -119,6 +121,19 @@ def _removed(run: Run) -> tuple[str, str]:
     return f"{100 * freed / stack:.1f} %", f"of the parameters in the blocks, {listed}"
 
 
+def _recovery(run: Run) -> str:
+    """How weights were recovered, and how much of the damage that won back on the evaluation text."""
+    if run.eval is None or not run.eval.part("recovery").values:
+        return ""
+    found, losses = run.eval.part("recovery"), [entry.number("loss") for entry in run.eval.objects("models")]
+    done = f"Weights were recovered by {found.text('how')} on {show(found.number('tokens'), 'count')} tokens of "
+    done += f"{found.text('text')} in {found.number('seconds') or 0:.0f} s"
+    dense, cut, last = losses if len(losses) == 3 else (None, None, None)
+    if dense is None or cut is None or last is None or not cut > dense:
+        return f"{done}."
+    return f"{done}: {100 * (cut - last) / (cut - dense):.0f} % of the loss that the cut had added is gone again."
+
+
 def _failed(run: Run) -> list[Fields]:
     return [proof for proof in (run.check.objects("proofs") if run.check else []) if not proof.flag("passed")]
 
@@ -141,9 +156,11 @@ def _warnings(run: Run, measures: dict[str, Measure]) -> list[str]:
     if perplexity and not perplexity[1] / perplexity[0] <= _RATIO_TO_WARN:
         found.append(
             f"Perplexity is {perplexity[1] / perplexity[0]:.3g} times that of the intact model. "
-            "A cut this deep usually needs recovery training, or a smaller budget."
+            "A cut this deep usually needs training (`recover --how distill`), or a smaller budget."
         )
     found += _overlaps(run)
+    if run.eval and (warning := run.eval.part("recovery").text("warning")):
+        found.append(f"{warning[:1].upper()}{warning[1:]}.")
     for key, what in (("prefill_ms", "Prefill"), ("decode_ms_per_token", "Decoding")):
         ends = ends_of(measures[key])
         if ends and ends[1] > ends[0]:

@@ -51,9 +51,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """``eval.json``: the perplexity and sizes of several models on one text."""
     entries = []
-    for name, model in models.items():
+    for number, (name, model) in enumerate(models.items(), start=1):
         measured = perplexity(model, text, show=console.show)
-        files = list(folder.glob("*.safetensors")) if folder is not None and model.plan is not None else []
+        written = folder is not None and model.plan is not None and number == len(models)
+        files = list(folder.glob("*.safetensors")) if folder is not None and written else []
         entries.append(
             {
                 "name": name,

@@ -26,6 +26,7 @@ from depthprune.discover import PROBE, given, muted, through, zeros
 from depthprune.errors import PlanError
 from depthprune.layout import Sublayer, blocks_of
 from depthprune.model import Model
+from depthprune.offload import device_of, hold, realise
 from depthprune.plan import Plan, rank
 from depthprune.record import forwards, record
 from depthprune.shrink import Flagged, bias_flags
@@ -210,15 +211,19 @@ def equip(net: Any, placement: Placement) -> None:
     for name, shape in placement.biases.items():
         owner = net.get_submodule(name.rpartition(".")[0])
         weight = next(p for p in (getattr(owner, "weight", None), *net.parameters()) if _floating(p))
-        owner.bias = nn.Parameter(torch.zeros(shape, dtype=weight.dtype, device=weight.device))
+        owner.bias = nn.Parameter(torch.zeros(shape, dtype=weight.dtype, device=device_of(weight)))
 
 
 @torch.no_grad()
-def fill(net: nn.Module, stack: str, kept: list[int], placement: Placement) -> None:
+def fill(net: Any, stack: str, kept: list[int], placement: Placement) -> None:
     """Draw the first half of each map of low rank with standard deviation 1/sqrt(D); the second stays zero."""
+    device = net.get_input_embeddings().weight.device
     for one in placement.places:
+        names = one.names(stack, kept.index(one.block))
+        for name in names:
+            realise(net, name, device)
         if one.rank:
-            weight = net.get_parameter(one.names(stack, kept.index(one.block))[0])
+            weight = net.get_parameter(names[0])
             seed = torch.Generator().manual_seed(sum(map(ord, str(one.unit))))
             weight.copy_(torch.randn(weight.shape, generator=seed) * one.width**-0.5)
 
@@ -349,7 +354,7 @@ class _Finder:
         scale = self.scale(unit, self.layout.block(unit).sublayer(unit.sublayer)) if unit.sublayer else 1.0
         nothing = self.run(unit, index, None)
         want = self.run(unit, index, change * (writer.scale / scale))
-        with _nudged(module, change):
+        with hold(module), _nudged(module, change):
             have = self.run(unit, index, None)
         return _close(have, want, want - nothing, self.stream)
 

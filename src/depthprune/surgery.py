@@ -261,8 +261,7 @@ def clone(net: nn.Module) -> nn.Module:
 @torch.no_grad()
 def _differs(model: Model, net: nn.Module, gone: dict[int, frozenset[str] | None]) -> str:
     """Compare the cut network with the muted original on a probe; say by how much they differ, if they do."""
-    device = next(net.parameters()).device
-    tokens = torch.randint(model.vocabulary, PROBE, generator=torch.Generator().manual_seed(2)).to(device)
+    tokens = torch.randint(model.vocabulary, PROBE, generator=torch.Generator().manual_seed(2)).to(model.device)
     try:
         with forwards(mutes(blocks_of(model.net, model.layout), model.layout, gone)):
             want = model.net(**inputs(tokens, None), use_cache=False)[0]

@@ -26,6 +26,7 @@ from depthprune.errors import DataError, LayoutError, unknown
 from depthprune.layout import Layout, blocks_of
 from depthprune.measures import MEASURES
 from depthprune.model import Model
+from depthprune.offload import hold
 from depthprune.record import TOKENS, Call, Recording, close, forwards, head, inputs, leaves, once, record, slices
 from depthprune.scores import Losses
 from depthprune.surgery import mutes
@@ -224,8 +225,9 @@ class _Run:
         try:
             batch = self.batch(slice(0, len(tokens)), tokens, mask)
             nodes = [_Node(list(range(len(chosen))), [batch.recording.stream])]
-            for index in range(len(self.blocks)):
-                nodes = self.block(index, nodes, [batch], chosen)
+            for index, block in enumerate(self.blocks):
+                with hold(block):
+                    nodes = self.block(index, nodes, [batch], chosen)
             for node in nodes:
                 logits = head(self.net, self.blocks, self.arities, node.streams[0])
                 with forwards(mutes(self.blocks, self.layout, chosen[node.variants[0]])):
@@ -282,8 +284,9 @@ class _Run:
             stop = min(start + shard, self.data.sequences)
             batches = [self.batch(slice(start + r.start, start + r.stop)) for r in slices(stop - start, self.rows)]
             nodes = [_Node(list(range(len(self.gone))), [batch.recording.stream for batch in batches])]
-            for index in range(len(self.blocks)):
-                nodes = self.block(index, nodes, batches, self.gone)
+            for index, block in enumerate(self.blocks):
+                with hold(block):
+                    nodes = self.block(index, nodes, batches, self.gone)
             for number, batch in enumerate(batches):
                 nodes.sort(key=lambda node: min(node.variants))  # the dense model first
                 found = self.measured([node.streams[number] for node in nodes], batch.rows)

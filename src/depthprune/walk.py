@@ -18,6 +18,7 @@ from depthprune.data import Data
 from depthprune.discover import muted
 from depthprune.layout import Block, blocks_of
 from depthprune.model import Model
+from depthprune.offload import hold
 from depthprune.record import TOKENS, Call, forwards, once, record, slices
 
 Progress = Callable[[float, float], None]
@@ -53,12 +54,13 @@ def walk(
     streams = [recording.stream for recording in recordings]
     total = float(len(modules) * len(batches))
     for index, (block, module) in enumerate(zip(layout.blocks, modules, strict=True)):
-        for number, (rows, mask) in enumerate(zip(batches, masks, strict=True)):
-            seen = _through(block, module, recordings[number].calls[index], streams[number])
-            streams[number] = seen[-1]
-            yield Seen(block, rows, seen, mask)
-            if progress is not None:
-                progress(float(index * len(batches) + number + 1), total)
+        with hold(module):
+            for number, (rows, mask) in enumerate(zip(batches, masks, strict=True)):
+                seen = _through(block, module, recordings[number].calls[index], streams[number])
+                streams[number] = seen[-1]
+                yield Seen(block, rows, seen, mask)
+                if progress is not None:
+                    progress(float(index * len(batches) + number + 1), total)
 
 
 def _through(block: Block, module: torch.nn.Module, call: Call, stream: Tensor) -> tuple[Tensor, ...]:

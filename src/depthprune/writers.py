@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from depthprune.discover import PROBE, muted, silent
 from depthprune.layout import Block, Sublayer, blocks_of
 from depthprune.model import Model
+from depthprune.offload import hold, numbers, swap
 from depthprune.record import Call, Recording, close, forwards, record
 
 
@@ -39,7 +40,7 @@ class Ends:
     """Both ends of a sublayer: its writer (or the reason why there is none) and the paths of its readers.
 
     ``inner`` are the linear maps between them on which the writer's output depends linearly, as ``mlp.up_proj`` and
-    ``self_attn.v_proj``: with weight and bias zero it is the writer's bias, with twice the weight twice as far from it.
+    ``self_attn.v_proj``: with weight and bias zero it is the writer's bias, and what two weights add to that adds up.
     """
 
     sublayer: Sublayer
@@ -57,7 +58,7 @@ def matrix(module: nn.Module) -> bool:
 def weight_of(module: nn.Module) -> Tensor:
     """The weight of a linear map as (outputs, inputs), whichever way it is stored; of a norm as it is."""
     assert isinstance(module.weight, Tensor)
-    weight = module.weight.detach()
+    weight = numbers(module.weight)
     return weight.T if isinstance(module, Conv1D) else weight
 
 
@@ -70,22 +71,17 @@ def mapped(module: nn.Module, features: Tensor) -> Tensor:
 def bias_of(module: nn.Module) -> Tensor | None:
     """The bias of a linear map or a norm, if it has one."""
     bias = getattr(module, "bias", None)
-    return bias.detach() if isinstance(bias, Tensor) else None
+    return numbers(bias) if isinstance(bias, Tensor) else None
 
 
 def set_weight(module: nn.Module, weight: Tensor) -> None:
     """Give a linear map or a norm another weight, as (outputs, inputs); other networks that share the old keep it."""
-    old = module.weight
-    assert isinstance(old, Tensor)
-    new = weight.T if isinstance(module, Conv1D) else weight
-    module.weight = nn.Parameter(new.to(old).contiguous(), requires_grad=old.requires_grad)
+    swap(module, "weight", weight.T if isinstance(module, Conv1D) else weight)
 
 
 def set_bias(module: nn.Module, bias: Tensor) -> None:
     """Give a linear map or a norm another bias; other networks that share the old keep it."""
-    old = module.bias
-    assert isinstance(old, Tensor)
-    module.bias = nn.Parameter(bias.to(old), requires_grad=old.requires_grad)
+    swap(module, "bias", bias)
 
 
 @torch.no_grad()
@@ -95,11 +91,12 @@ def ends(model: Model) -> list[tuple[Ends, ...]]:
     tokens = torch.randint(model.vocabulary, PROBE, generator=torch.Generator().manual_seed(5)).to(model.device)
     recording = record(model.net, modules, [block.arity for block in model.layout.blocks], tokens, None)
     times = Counter(id(p) for module in model.net.modules() for p in module.parameters(recurse=False))
-    shared = {number for number, count in times.items() if count > 1}
-    return [
-        tuple(_ends(module, block, sublayer, recording, shared) for sublayer in block.sublayers)
-        for module, block in zip(modules, model.layout.blocks, strict=True)
-    ]
+    shared = {id(module) for module in model.net.modules() if times[id(getattr(module, "weight", None))] > 1}
+    found = []
+    for module, block in zip(modules, model.layout.blocks, strict=True):
+        with hold(module):
+            found.append(tuple(_ends(module, block, sublayer, recording, shared) for sublayer in block.sublayers))
+    return found
 
 
 def _ends(block: nn.Module, layout: Block, sublayer: Sublayer, recording: Recording, shared: set[int]) -> Ends:
@@ -111,7 +108,7 @@ def _ends(block: nn.Module, layout: Block, sublayer: Sublayer, recording: Record
     update, weighted = (after - stream).float(), []
     still_there = [one for one in seen if all(one[1] is not module for module, _ in others)]
     for path, module, given, output in still_there:
-        own = isinstance(getattr(module, "weight", None), nn.Parameter) and id(module.weight) not in shared
+        own = isinstance(getattr(module, "weight", None), nn.Parameter) and id(module) not in shared
         if own and (not matrix(module) or _plain(module, given, output)):
             weighted.append((path, module, given, output))
     entry = next((given for path, _, given, _ in seen if path == sublayer.members[0]), None)
@@ -135,14 +132,15 @@ def _ends(block: nn.Module, layout: Block, sublayer: Sublayer, recording: Record
     tried = [path for path, m, _, _ in weighted if matrix(m) and path != found.path and not found.diagonal]
     inner = []
     for path in dict.fromkeys(tried):
-        made = []
-        for times in (0.0, 1.0, 2.0):
-            with forwards([*others, with_weight(block, path, times * weight_of(block.get_submodule(path)))]):
+        weight, made = weight_of(block.get_submodule(path)), []
+        other = weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(10)).to(weight)
+        for tried_one in (0 * weight, weight, other, weight + other):  # not just 2 * weight: ReLU and norms would pass
+            with forwards([*others, with_weight(block, path, tried_one)]):
                 made.append(written(recording.calls[layout.index], block, stream, found).float())
-        step, twice = made[1] - made[0], made[2] - made[0]
+        step, two = made[1] - made[0], made[3] - made[0]
         bias = bias_of(block.get_submodule(found.path))
         still = bool((made[0] - (0.0 if bias is None else bias.float())).abs().max() <= rounding)
-        if still and step.any() and (twice - 2 * step).abs().max() <= 1e-3 * twice.abs().max() + rounding:
+        if still and step.any() and (two - step - (made[2] - made[0])).abs().max() <= 1e-3 * two.abs().max() + rounding:
             inner.append(path)
     return Ends(sublayer, found, readers, tuple(inner))
 
@@ -155,7 +153,7 @@ def with_weight(block: nn.Module, path: str, weight: Tensor) -> tuple[nn.Module,
 def written(call: Call, block: nn.Module, stream: Tensor, writer: Writer) -> Tensor:
     """What a writer gives when its block is called on a stream."""
     made: list[Tensor] = []
-    hook = block.get_submodule(writer.path).register_forward_hook(lambda _, __, output: made.append(output))
+    hook = block.get_submodule(writer.path).register_forward_hook(lambda _, __, output: made.append(output.clone()))
     try:
         call.run(block, stream)
     finally:

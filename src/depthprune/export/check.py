@@ -21,6 +21,7 @@ from depthprune.errors import CheckpointError, DepthpruneError
 from depthprune.export import prove
 from depthprune.files import read_json
 from depthprune.model import Model, auto_name
+from depthprune.offload import all_on_disk, offloaded
 from depthprune.plan import Plan
 from depthprune.standin import planned
 from depthprune.surgery import without
@@ -52,6 +53,7 @@ class Expected:
     stepping_gap: float
     parameters: int | None
     dtype: str = "float32"  # in which the reference was computed
+    places: Mapping[str, Any] | None = None  # where a fresh process is to put the weights of a model too large for it
 
 
 @torch.no_grad()
@@ -65,7 +67,7 @@ def expect(dense: Model, plan: Plan) -> Expected:
     generated = prove.generation_gap(dense.net, tokens) or 0.0
     stepped = prove.stepping_gap(dense.net, tokens) or 0.0
     dtype = str(next(dense.net.parameters()).dtype).removeprefix("torch.")
-    return Expected(tensors, generated, stepped, planned(dense, plan), dtype)
+    return Expected(tensors, generated, stepped, planned(dense, plan), dtype, _places(dense))
 
 
 @torch.no_grad()
@@ -78,7 +80,15 @@ def expect_as_it_is(model: Model) -> Expected:
     generated = prove.generation_gap(model.net, tokens) or 0.0
     stepped = prove.stepping_gap(model.net, tokens) or 0.0
     dtype = str(next(model.net.parameters()).dtype).removeprefix("torch.")
-    return Expected(tensors, generated, stepped, model.parameters, dtype)
+    return Expected(tensors, generated, stepped, model.parameters, dtype, _places(model))
+
+
+def _places(model: Model) -> dict[str, Any] | None:
+    """For a model whose weights wait elsewhere the device map with all blocks on disk, as this process has the memory.
+
+    A smaller model has the same parts outside of the blocks, and no blocks that are not in the map.
+    """
+    return all_on_disk(model.net, model.layout.path, str(model.device)) if offloaded(model.net) else None
 
 
 def probe(model: Model, shape: tuple[int, int]) -> Tensor:
@@ -136,7 +146,8 @@ def check_many(folders: Mapping[Path, Expected | None], *, device: str = "cpu") 
             for route in routes(config):
                 item = {"path": str(path), "auto": auto_name(config), "route": route, "probe": str(file)}
                 dtype = expected.dtype if expected is not None else "float32" if device == "cpu" else _dtype(config)
-                request.append(item | {"device": device, "dtype": dtype})
+                places = None if expected is None else expected.places
+                request.append(item | {"device": device, "dtype": dtype, "places": places})
         # what teaches transformers about skips must come last: it cannot be unlearned
         request.sort(key=lambda item: item["route"] == "aware")
         results = _examine(request, Path(scratch))

@@ -14,13 +14,17 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 
 from depthprune import skip
 from depthprune.errors import ExportError
 from depthprune.files import new_folder, place, write_json
+from depthprune.layout import blocks_of
 from depthprune.model import Model, auto_name
+from depthprune.offload import hold, offloaded
 
 MODELLING = "modeling_depthprune"
 
@@ -47,7 +51,10 @@ def write(model: Model, path: str | Path) -> Path:
             if uneven(model):
                 config.auto_map = _modelling(net, folder)
             with _quiet():
-                net.save_pretrained(folder, state_dict=_state(net, model.dtype))
+                if offloaded(net):
+                    _block_by_block(model, folder)
+                else:
+                    net.save_pretrained(folder, state_dict=_state(net, model.dtype))
             config.dtype = model.dtype  # where transformers has put the type that the network computes in
             config.save_pretrained(folder)
             if model.tokenizer is not None:
@@ -104,6 +111,28 @@ def _state(net: Any, dtype: torch.dtype) -> dict[str, Tensor]:
         else:
             state[name] = tensor
     return state
+
+
+def _block_by_block(model: Model, folder: Path) -> None:
+    """Write a model whose weights wait elsewhere: one file for what is outside of the blocks, one for each block."""
+    net, stack = model.net, f"{model.layout.path}."
+    outside = {name: tensor for name, tensor in _state(net, model.dtype).items() if not name.startswith(stack)}
+    net.save_pretrained(folder, state_dict=outside, max_shard_size="1000TB")
+    files = [folder / "model.safetensors"]
+    for index, block in enumerate(blocks_of(net, model.layout)):
+        with hold(block):
+            state = {f"{stack}{index}.{name}": tensor for name, tensor in _state(block, model.dtype).items()}
+            ready = revert_weight_conversion(net, state)
+            if ready:
+                files.append(folder / f"block-{index}.safetensors")
+                save_file({name: t.cpu().contiguous() for name, t in ready.items()}, files[-1], {"format": "pt"})
+    places: dict[str, str] = {}
+    for number, file in enumerate(files, start=1):
+        named = file.rename(folder / f"model-{number:05}-of-{len(files):05}.safetensors")
+        with safe_open(named, framework="pt") as opened:
+            places |= dict.fromkeys(opened.keys(), named.name)
+    metadata = {"total_size": model.bytes}
+    write_json(folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": places})
 
 
 def _modelling(net: Any, folder: Path) -> dict[str, str]:

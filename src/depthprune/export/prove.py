@@ -2,11 +2,12 @@
 
 Reads a request (JSON) from its first argument and prints one JSON line per folder. Each item of the request:
 
-    {"path": …, "auto": "AutoModelForCausalLM", "route": "plain", "device": …, "dtype": …, "probe": …}
+    {"path": …, "auto": "AutoModelForCausalLM", "route": "plain", "device": …, "dtype": …, "probe": …, "places": null}
 
 Route ``plain`` loads with stock transformers alone, ``remote`` with ``trust_remote_code=True``, ``aware`` after
-``import depthprune``. ``probe`` is a safetensors file with ``tokens`` (B, T) and, if there is a reference, ``logits``;
-for models with sliding windows also a ``long`` text (1, T) and the ``late_logits`` at its end.
+``import depthprune``. ``places`` is a device map for models larger than memory. ``probe`` is a safetensors file with
+``tokens`` (B, T) and, if there is a reference, ``logits``; for models with sliding windows also a ``long`` text (1, T)
+and the ``late_logits`` at its end.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import inspect
 import json
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,13 +85,17 @@ def examine(item: dict[str, Any]) -> dict[str, Any]:
     """Load one folder as its route says and measure it."""
     if item["route"] == "aware":
         importlib.import_module("depthprune")
-    options = {"trust_remote_code": True} if item["route"] == "remote" else {}
+    options: dict[str, Any] = {"trust_remote_code": True} if item["route"] == "remote" else {}
+    if item["places"]:
+        scratch = str(Path(item["probe"]).with_suffix(".offload"))  # in the folder of the request, which goes
+        places = {name: place if place == "disk" else item["device"] for name, place in item["places"].items()}
+        options |= {"device_map": places, "offload_folder": scratch}
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         net, info = getattr(transformers, item["auto"]).from_pretrained(
             item["path"], dtype=getattr(torch, item["dtype"]), output_loading_info=True, **options
         )
-    net = net.eval().to(item["device"])
+    net = net.eval() if item["places"] else net.eval().to(item["device"])
     probe = load_file(item["probe"])
     tokens = probe["tokens"].to(item["device"])
     logits = net(tokens, use_cache=False).logits

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from depthprune.errors import OptionError
 from depthprune.layout import Block, Layout, blocks_of
+from depthprune.offload import hold
 from depthprune.scores import Scores
 from depthprune.units import Unit
 
@@ -40,7 +41,8 @@ def magnitude(
     indices = sorted({layout.block(unit).index for unit in units})
     parts = {}
     for done, index in enumerate(indices, start=1):
-        parts[index] = {name: _size(tensor, power) for name, tensor in tensors_of(modules[index], tensors).items()}
+        with hold(modules[index]):
+            parts[index] = {name: _size(tensor, power) for name, tensor in tensors_of(modules[index], tensors).items()}
         if progress is not None:
             progress(float(done), float(len(indices)))
     return assemble("magnitude", layout, units, parts, plus=plus)

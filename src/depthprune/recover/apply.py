@@ -16,6 +16,7 @@ from depthprune.dist import share, total, world
 from depthprune.errors import DataError, PlanError
 from depthprune.evaluate import Windows, perplexity
 from depthprune.model import Model, fingerprint
+from depthprune.offload import numbers, swap
 from depthprune.oracle import Show
 from depthprune.recover.pair import steps
 from depthprune.recover.repair import Repair, silent
@@ -95,9 +96,10 @@ def _as_saved(model: Model) -> None:
     """Round weights that changed to the type that they are saved in, so what is measured is what is written."""
     for module in model.net.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
-            rounded = weight.to(model.dtype).to(weight.dtype)
-            if weight.is_floating_point() and not torch.equal(rounded, weight):
-                setattr(module, name, torch.nn.Parameter(rounded, requires_grad=weight.requires_grad))
+            now = numbers(weight)
+            rounded = now.to(model.dtype).to(now.dtype)
+            if weight.is_floating_point() and not torch.equal(rounded, now):
+                swap(module, name, rounded)
 
 
 def fitting(model: Model, teacher: Model) -> Any:

@@ -111,8 +111,9 @@ class _Linear(_Refit):
         return before_cut
 
     def features(self, block: nn.Module, writer: Writer, seen: list[Seen]) -> Tensor:
-        _, module, given, made = next(item for item in reversed(seen) if item[0] == writer.path)
-        return writer.scale * (_basis(module, given) if writer.diagonal else made)
+        _, module, given, _ = next(item for item in reversed(seen) if item[0] == writer.path)
+        # What it made is made again: Falcon's code adds another sublayer's update to that very tensor.
+        return writer.scale * (_basis if writer.diagonal else mapped)(module, given)
 
     def apply(self, module: nn.Module, writer: Writer, fit: Fit) -> None:
         if writer.diagonal:

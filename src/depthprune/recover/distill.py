@@ -20,12 +20,13 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
-from depthprune.errors import OptionError, PlanError
+from depthprune.errors import OptionError
 from depthprune.layout import blocks_of
 from depthprune.model import Model
 from depthprune.recover.arguments import schedule
 from depthprune.recover.feed import IGNORED, Batch, labels, whole
 from depthprune.recover.loop import by_parts, cross_entropy, forward, targets
+from depthprune.recover.pair import kept_blocks
 from depthprune.recover.repair import Repair
 from depthprune.recover.settings import Settings, settled, takes
 from depthprune.recover.train import chosen, train
@@ -70,7 +71,7 @@ def distill(repair: Repair, **options: Any) -> dict[str, Any]:
         raise OptionError(f"top is from 0 to {teacher.vocabulary - 1}, below the vocabulary, not {settings.top}")
     if settings.cache and (not settings.top or settings.features):
         raise OptionError("cache=true keeps the largest logits: set top, and features=0")
-    kept = kept_blocks(student, teacher) if settings.features else []
+    kept = kept_blocks(teacher, student) if settings.features else []
     known = _cached(repair, settings) if settings.cache else None
     return train(repair, partial(_loss, student, teacher, settings, kept, known), settings, names)
 
@@ -166,21 +167,6 @@ def _streams(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def kept_blocks(student: Model, teacher: Model) -> list[int]:
-    """Which block of the dense model each block of the cut one was.
-
-    Raises ``PlanError`` where the plan does not say.
-    """
-    count, dense = len(student.layout.blocks), len(teacher.layout.blocks)
-    if count == dense:
-        return list(range(count))
-    gone = {} if student.plan is None else teacher.layout.gone(student.plan.drop)
-    kept = [index for index in range(dense) if gone.get(index, frozenset()) is not None]
-    if len(kept) != count:
-        raise PlanError(f"the plan leaves {len(kept)} of {dense} blocks, but the model has {count}: another teacher?")
-    return kept
 
 
 def _cached(repair: Repair, settings: Distill) -> Known:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from depthprune.dist import total
 from depthprune.errors import DepthpruneError, OptionError
+from depthprune.offload import device_of, numbers
 from depthprune.recover.normal import Normal
 from depthprune.recover.pair import Pair, batches, pair, steps
 from depthprune.recover.repair import Repair
@@ -68,8 +69,8 @@ def lstsq(repair: Repair) -> dict[str, Any]:
 
     With x what the stand-in is given in the cut model, c the stream after it at zero, s* the dense one after the unit:
     ``min sum |s* - c - B A x|^2 / mean(s*^2) + ridge |B A|^2`` over maps of rank r. With M the solution of full rank
-    and U the r first eigenvectors of ``M (sum x x^T) M^T``, that is ``B A = U U^T M`` (reduced-rank regression). A bias
-    becomes the weighted mean of s* - c. The ridge is chosen on rows held out.
+    and U the r first eigenvectors of ``M (sum x x^T + ridge) M^T``, that is ``B A = U U^T M``
+    (reduced-rank regression). A bias becomes the weighted mean of s* - c. The ridge is chosen on rows held out.
     """
     records: list[dict[str, Any]] = []
     for one, found in _positions(repair, "lstsq"):
@@ -110,7 +111,7 @@ def mse(repair: Repair, *, epochs: int = 4, rate: float = 1e-3) -> dict[str, Any
         for batch, held in batches(found.both):
             x[held].append(found.given(batch))
             y[held].append(found.after_unit(batch) - found.before_unit(batch))
-        weights = [repair.model.net.get_parameter(name).detach().float().clone() for name in one.names]
+        weights = [numbers(repair.model.net.get_parameter(name)).float().clone() for name in one.names]
         weights = [torch.zeros_like(w) if one.rank == 0 else w for w in weights]
         kept, gain = _descend(one, [w.requires_grad_(True) for w in weights], x, y, epochs, rate, repair.seed)
         if kept:
@@ -278,11 +279,12 @@ def _own(repair: Repair, one: StandIn) -> Tensor | None:
 
 def _empty(repair: Repair, one: StandIn) -> None:
     """Put a stand-in back to zero effect: a bias to what it is in the dense model, the second half of a map to zero."""
-    shape = repair.model.net.get_parameter(one.names[-1])
+    old = repair.model.net.get_parameter(one.names[-1])
+    nothing = torch.zeros(old.shape, dtype=old.dtype, device=device_of(old))
     if one.rank:
-        set_weight(repair.model.net.get_submodule(one.names[-1].rpartition(".")[0]), torch.zeros_like(shape))
+        set_weight(repair.model.net.get_submodule(one.names[-1].rpartition(".")[0]), nothing)
     else:
-        _fill(repair, one, (torch.zeros_like(shape),))
+        _fill(repair, one, (nothing,))
 
 
 def _fill(repair: Repair, one: StandIn, values: tuple[Tensor, ...]) -> None:

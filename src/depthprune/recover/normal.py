@@ -91,6 +91,6 @@ class Normal:
             return None
         found = torch.cholesky_solve(r.T, factor).T
         if 0 < rank < len(found):
-            basis = torch.linalg.eigh(found @ a @ found.T).eigenvectors[:, -rank:]
+            basis = torch.linalg.eigh(found @ damped @ found.T).eigenvectors[:, -rank:]
             found = basis @ (basis.T @ found)
         return found if bool(found.isfinite().all()) else None

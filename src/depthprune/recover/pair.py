@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from depthprune.data import Data
 from depthprune.discover import muted
 from depthprune.errors import DepthpruneError, PlanError
+from depthprune.files import why
 from depthprune.layout import Sublayer, blocks_of
 from depthprune.model import Model
+from depthprune.offload import hold
 from depthprune.record import TOKENS, answer, forwards, record, slices
 from depthprune.skip import is_skip
 from depthprune.standin import stand_ins
@@ -51,13 +53,7 @@ def steps(teacher: Model, model: Model) -> tuple[Step, ...]:
     """
     dense, cut = teacher.layout.blocks, model.layout.blocks
     gone = teacher.layout.gone(model.plan.drop if model.plan else ())
-    shells = set(range(len(dense))) if len(cut) == len(dense) else _shells(model)
-    kept = [index for index in range(len(dense)) if index in shells or gone.get(index, frozenset()) is not None]
-    if len(kept) != len(cut):
-        raise PlanError(
-            f"the plan leaves {len(kept)} blocks, the pruned model has {len(cut)}: not the plan it was cut by"
-        )
-    place = {index: number for number, index in enumerate(kept)}
+    place = {index: number for number, index in enumerate(kept_blocks(teacher, model))}
     found = []
     for block in dense:
         lost = gone.get(block.index, frozenset())
@@ -70,6 +66,20 @@ def steps(teacher: Model, model: Model) -> tuple[Step, ...]:
                 raise PlanError(f"{where}, the pruned model has {', '.join(have) or 'nothing'}: another plan's model?")
         found += [Step(block.index, name, place[block.index] if name in left else None) for name in names]
     return tuple(found)
+
+
+def kept_blocks(teacher: Model, model: Model) -> list[int]:
+    """Which block of the dense model each block of the cut one was, shells among them.
+
+    Raises ``PlanError`` where the plan leaves another number of blocks than there are.
+    """
+    count, cut = len(teacher.layout.blocks), len(model.layout.blocks)
+    gone = teacher.layout.gone(model.plan.drop if model.plan else ())
+    shells = set(range(count)) if cut == count else _shells(model)
+    kept = [index for index in range(count) if index in shells or gone.get(index, frozenset()) is not None]
+    if len(kept) != cut:
+        raise PlanError(f"the plan leaves {len(kept)} blocks, the pruned model has {cut}: not the plan it was cut by")
+    return kept
 
 
 def _shells(model: Model) -> set[int]:
@@ -93,7 +103,12 @@ class Store:
         self._place = "device" if need <= (free // 2 if memory is None else memory) else "files"
         if self._place == "files" and device.type != "cpu" and memory is None:
             self._place = "cpu" if need <= psutil.virtual_memory().available // 2 else "files"
-        self._folder = tempfile.TemporaryDirectory(prefix="depthprune-") if self._place == "files" else None
+        try:
+            self._folder = tempfile.TemporaryDirectory(prefix="depthprune-") if self._place == "files" else None
+        except OSError as error:
+            raise DepthpruneError(
+                f"no room for streams in {error.filename or 'a temporary folder'}: {why(error)}"
+            ) from None
         self._count = 0
 
     def put(self, stream: Tensor) -> Any:
@@ -130,7 +145,8 @@ class Side:
     """One of the two models, and how far the text has come in it.
 
     ``at`` is the block that comes next, ``done`` how many of its sublayers are behind, and ``position`` the number of
-    the sublayer that comes next, counted through all blocks (one for a block without).
+    the sublayer that comes next, counted through all blocks (one for a block without). The weights of that block are
+    held until the text is past it, so they are moved once however many batches there are.
     """
 
     @torch.no_grad()
@@ -147,6 +163,7 @@ class Side:
             self.masks.append(mask)
         self._entry = list(self._now)
         self._replays: list[list[Any]] = [[] for _ in rows]
+        self._held, self._holding = ExitStack(), -1
 
     def stream(self, batch: int) -> Tensor:
         """The stream (B, T, D) of a batch, here and now."""
@@ -154,8 +171,17 @@ class Side:
 
     @property
     def block(self) -> nn.Module:
-        """The module of the block that comes next."""
+        """The module of the block that comes next, with its weights."""
+        if self._holding != self.at:
+            self.release()
+            self._held.enter_context(hold(self._modules[self.at]))
+            self._holding = self.at
         return self._modules[self.at]
+
+    def release(self) -> None:
+        """Let go of the weights of the block that is held."""
+        self._holding = -1
+        self._held.close()
 
     @property
     def sublayer(self) -> Sublayer | None:
@@ -210,6 +236,8 @@ class Side:
             else:
                 own = next(made for path, _, _, made in seen if path == sublayers[self.done].members[-1])
                 self._replays[batch].append(self.store.put(own))
+        if last:
+            self.release()
         self.at, self.done = (self.at + 1, 0) if last else (self.at, self.done + 1)
         self.position += 1
 
@@ -254,8 +282,12 @@ class Pair:
         return self.dense.stream(batch).float().square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
 
     def close(self) -> None:
-        """Let go of the streams."""
-        self.store.close()
+        """Let go of the streams and of the weights."""
+        try:
+            self.dense.release()
+            self.cut.release()
+        finally:
+            self.store.close()
 
 
 def pair(teacher: Model, model: Model, data: Data, held: Data, memory: int | None = None) -> Pair:
@@ -268,9 +300,12 @@ def pair(teacher: Model, model: Model, data: Data, held: Data, memory: int | Non
     width = model.net.get_input_embeddings().weight.shape[1]
     size = torch.empty((), dtype=next(model.net.parameters()).dtype).element_size()
     store = Store(SIDES * WAITING * both.tokens.numel() * width * size, model.device, memory)
-    return Pair(
-        Side(teacher, both, rows, store), Side(model, both, rows, store), len(rows), start, step * both.length, store
-    )
+    try:
+        dense, cut = (Side(one, both, rows, store) for one in (teacher, model))
+    except BaseException:
+        store.close()
+        raise
+    return Pair(dense, cut, len(rows), start, step * both.length, store)
 
 
 def join(data: Data, held: Data) -> Data:

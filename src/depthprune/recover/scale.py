@@ -11,6 +11,7 @@ from torch.func import functional_call
 from depthprune.errors import LayoutError
 from depthprune.layout import blocks_of
 from depthprune.model import Model
+from depthprune.offload import hold
 from depthprune.record import close, record
 from depthprune.recover.closed import last_norm
 from depthprune.recover.pair import Side, pair, steps
@@ -84,7 +85,9 @@ def scale(repair: Repair) -> dict[str, Any]:
         own = next((one for one in found[step.at] if one.sublayer.name == step.name), None)
         if own is None or own.writer is None:
             raise LayoutError(f"scale: nothing that is scaled alone writes the update of {step.block}.{step.name}")
-        _scale(blocks[step.at].get_submodule(own.writer.path), later)
+        writer = blocks[step.at].get_submodule(own.writer.path)
+        with hold(writer):
+            _scale(writer, later)
     return {"factors": [{"before": place, "factor": round(factor, 6)} for place, factor in runs]}
 
 
