@@ -15,7 +15,21 @@ from depthprune.plan import Plan, with_stand_ins
 from depthprune.recover.repair import Repair
 from depthprune.surgery import drop
 from depthprune.units import parse
-from families import tiny
+from families import EXACT, tiny
+
+# By family: what each sublayer adds to the stream is the output of this module, times this.
+ADDS: dict[str, tuple[dict[str, str], float]] = {
+    "llama": ({"self_attn": "self_attn", "mlp": "mlp"}, 1.0),
+    "granite": ({"self_attn": "self_attn", "mlp": "mlp"}, 0.8),
+    "gpt2": ({"attn": "attn", "mlp": "mlp"}, 1.0),
+    "opt": ({"self_attn": "self_attn", "fc1+fc2": "fc2"}, 1.0),
+    "gemma2": ({"self_attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}, 1.0),
+    "mixtral": ({"self_attn": "self_attn", "mlp": "mlp"}, 1.0),
+    "gpt_neox": ({"attention": "attention", "mlp": "mlp"}, 1.0),  # parallel from here on
+    "phi": ({"self_attn": "self_attn", "mlp": "mlp"}, 1.0),
+    "cohere": ({"self_attn": "self_attn", "mlp": "mlp"}, 1.0),
+    "stablelm_parallel": ({"self_attn": "self_attn", "mlp": "mlp"}, 1.0),
+}
 
 
 def model_of(name: str, seed: int = 0) -> Model:
@@ -97,6 +111,19 @@ def see(net: nn.Module, data: Data) -> Saw:
         for hook in hooks:
             hook.remove()
     return saw
+
+
+def streams_of(model: Model, name: str, data: Data) -> list[Tensor]:
+    """The stream before the first sublayer and after each (N, T, D): what a block is given and what hooks see added."""
+    saw, (adds, factor), path = see(model.net, data), ADDS[name], model.layout.path
+    found = [saw.into(f"{path}.0")]
+    for block in model.layout.blocks:
+        stream = saw.into(f"{path}.{block.index}")
+        for sublayer in block.sublayers:
+            stream = stream + factor * saw.out(f"{path}.{block.index}.{adds[sublayer.name]}").reshape(stream.shape)
+            found.append(stream)
+        torch.testing.assert_close(stream, saw.out(f"{path}.{block.index}"), rtol=EXACT, atol=EXACT)
+    return found
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cuts import cut, model_of, rows, see
+from cuts import ADDS, cut, model_of, rows, see, streams_of
 from depthprune.data import Data
 from depthprune.errors import DepthpruneError, PlanError
 from depthprune.model import Model
@@ -23,19 +23,6 @@ from depthprune.recover.pair import Pair, Side, Step, Store, batches, join, pair
 from depthprune.units import parse
 from families import EXACT
 
-# By family: what each sublayer adds to the stream is the output of this module, times this.
-ADDS: dict[str, tuple[dict[str, str], float]] = {
-    "llama": ({"self_attn": "self_attn", "mlp": "mlp"}, 1.0),
-    "granite": ({"self_attn": "self_attn", "mlp": "mlp"}, 0.8),
-    "gpt2": ({"attn": "attn", "mlp": "mlp"}, 1.0),
-    "opt": ({"self_attn": "self_attn", "fc1+fc2": "fc2"}, 1.0),
-    "gemma2": ({"self_attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}, 1.0),
-    "mixtral": ({"self_attn": "self_attn", "mlp": "mlp"}, 1.0),
-    "gpt_neox": ({"attention": "attention", "mlp": "mlp"}, 1.0),  # parallel from here on
-    "phi": ({"self_attn": "self_attn", "mlp": "mlp"}, 1.0),
-    "cohere": ({"self_attn": "self_attn", "mlp": "mlp"}, 1.0),
-    "stablelm_parallel": ({"self_attn": "self_attn", "mlp": "mlp"}, 1.0),
-}
 IN_PLACE = "falcon"  # parallel, and its code adds in place, so its sublayers' outputs cannot be looked at afterwards
 CUTS = {"a block": ["1"], "first and last": ["1.first", "2.last"], "all sorts": ["0.first", "1.last", "2"]}
 
@@ -53,19 +40,6 @@ def units(model: Model, sort: str) -> list[str]:
 def several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three rows a batch."""
     monkeypatch.setattr(pairing, "TOKENS", {"cpu": 3 * 12})
-
-
-def naive(model: Model, name: str, data: Data) -> list[Tensor]:
-    """The stream before the first sublayer and after each (N, T, D): what a block is given and what hooks see added."""
-    saw, (adds, factor), path = see(model.net, data), ADDS[name], model.layout.path
-    found = [saw.into(f"{path}.0")]
-    for block in model.layout.blocks:
-        stream = saw.into(f"{path}.{block.index}")
-        for sublayer in block.sublayers:
-            stream = stream + factor * saw.out(f"{path}.{block.index}.{adds[sublayer.name]}").reshape(stream.shape)
-            found.append(stream)
-        torch.testing.assert_close(stream, saw.out(f"{path}.{block.index}"), rtol=EXACT, atol=EXACT)
-    return found
 
 
 def streams(both: Pair, side: Side) -> Tensor:
@@ -95,7 +69,7 @@ def test_streams_are_those_of_a_plain_forward(name: str, sort: str, padding: int
     assert torch.equal(torch.cat(both.cut.masks), text.mask)
     try:
         for side, which in ((both.dense, teacher), (both.cut, model)):
-            wanted, number = naive(which, name, text), 0
+            wanted, number = streams_of(which, name, text), 0
             for block in which.layout.blocks:
                 for done in range(max(1, len(block.sublayers))):
                     assert (side.at, side.done) == (block.index, done)

@@ -291,3 +291,12 @@ def test_finding_leaves_no_trace(subject: Callable[[str], Model]) -> None:
         writers.ends(model)
         assert all(torch.equal(before[key], tensor) for key, tensor in model.net.state_dict().items())
         assert not any(m._forward_hooks or "forward" in vars(m) for m in model.net.modules())
+
+
+def test_a_sublayer_that_gives_nan_has_no_writer_and_the_reason_says_so() -> None:
+    model = model_of("llama")
+    with torch.no_grad():
+        model.net.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    attention, mlp = ends(model)[1]
+    assert attention.writer is not None and not attention.reason
+    assert mlp.writer is None and mlp.reason.endswith("as what it gives is not finite (NaN or infinite)")

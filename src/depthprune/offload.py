@@ -134,7 +134,7 @@ def _away(weight: nn.Parameter, old: Tensor) -> nn.Parameter:
     except (OSError, SafetensorError) as error:
         raise DepthpruneError(f"no room for a changed weight in {folder.path}: {error}") from None
     index = {"weight": {"safetensors_file": str(file), "weight_name": "weight"}}
-    source = OffloadedWeightsLoader(index=index, device=place.device)
+    source = OffloadedWeightsLoader(index=index, device=str(place.device))
     waiting = nn.Parameter(weight.detach().to("meta"), requires_grad=weight.requires_grad)
     waiting.stored = Stored(source, "weight", place.device, folder)  # type: ignore[attr-defined]
     return waiting

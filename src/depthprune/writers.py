@@ -128,7 +128,8 @@ def _ends(block: nn.Module, layout: Block, sublayer: Sublayer, recording: Record
         if matrix(module) and entry is not None and same(given, entry) and (found is None or path != found.path)
     )
     if found is None:
-        return Ends(sublayer, None, readers, reason="no single map of it writes to the stream")
+        odd = "" if bool(update.isfinite().all()) else ", as what it gives is not finite (NaN or infinite)"
+        return Ends(sublayer, None, readers, reason=f"no single map of it writes to the stream{odd}")
     tried = [path for path, m, _, _ in weighted if matrix(m) and path != found.path and not found.diagonal]
     inner = []
     for path in dict.fromkeys(tried):

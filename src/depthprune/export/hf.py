@@ -120,12 +120,9 @@ def _block_by_block(model: Model, folder: Path) -> None:
     net.save_pretrained(folder, state_dict=outside, max_shard_size="1000TB")
     files = [folder / "model.safetensors"]
     for index, block in enumerate(blocks_of(net, model.layout)):
+        file = folder / f"block-{index}.safetensors"
         with hold(block):
-            state = {f"{stack}{index}.{name}": tensor for name, tensor in _state(block, model.dtype).items()}
-            ready = revert_weight_conversion(net, state)
-            if ready:
-                files.append(folder / f"block-{index}.safetensors")
-                save_file({name: t.cpu().contiguous() for name, t in ready.items()}, files[-1], {"format": "pt"})
+            files += [file] * _written(net, block, f"{stack}{index}.", model.dtype, file)
     places: dict[str, str] = {}
     for number, file in enumerate(files, start=1):
         named = file.rename(folder / f"model-{number:05}-of-{len(files):05}.safetensors")
@@ -133,6 +130,15 @@ def _block_by_block(model: Model, folder: Path) -> None:
             places |= dict.fromkeys(opened.keys(), named.name)
     metadata = {"total_size": model.bytes}
     write_json(folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": places})
+
+
+def _written(net: Any, block: Any, prefix: str, dtype: torch.dtype, file: Path) -> bool:
+    """Write the weights of a block as the family's checkpoints have them; a block without any is not written."""
+    state = {prefix + name: tensor for name, tensor in _state(block, dtype).items()}
+    ready = {name: tensor.cpu().contiguous() for name, tensor in revert_weight_conversion(net, state).items()}
+    if ready:
+        save_file(ready, file, {"format": "pt"})
+    return bool(ready)
 
 
 def _modelling(net: Any, folder: Path) -> dict[str, str]:

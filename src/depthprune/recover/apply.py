@@ -13,7 +13,7 @@ import torch
 
 from depthprune.data import Data, Mixture, check_vocabulary
 from depthprune.dist import share, total, world
-from depthprune.errors import DataError, PlanError
+from depthprune.errors import DataError, DepthpruneError, PlanError
 from depthprune.evaluate import Windows, perplexity
 from depthprune.model import Model, fingerprint
 from depthprune.offload import numbers, swap
@@ -50,7 +50,7 @@ def recover(
     done, with the losses in nats per token. ``folder`` keeps checkpoints of training, from which ``resume`` goes on.
 
     Raises ``PlanError`` where the two do not belong together, ``DataError`` for text that is too short or for another
-    tokenizer, ``OptionError`` for unknown names.
+    tokenizer, ``OptionError`` for unknown names, ``DepthpruneError`` where a model computes NaN.
     """
     names = [how] if callable(how) else how.split("+")
     chosen = [(str(name), *find("recoverers", name)[1:]) for name in names]
@@ -61,6 +61,12 @@ def recover(
     rows = share(readable(data, model))
     fit, held = split(rows)
     dense, before = held_loss(teacher, held), held_loss(model, held)
+    for which, loss in (("dense", dense), ("pruned", before)):
+        if not math.isfinite(loss):
+            raise DepthpruneError(
+                f"the loss of the {which} model is not finite (NaN or infinite) on rows held out of {data.name}, so "
+                "nothing can be recovered; check that the model is whole, and try --dtype float32"
+            )
     record: dict[str, Any] = {
         "format": 1,
         "data": data.describe(),

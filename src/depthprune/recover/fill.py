@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depthprune.dist import total
+from depthprune.dist import total, world
 from depthprune.errors import DepthpruneError, OptionError
 from depthprune.offload import device_of, numbers
 from depthprune.recover.normal import Normal
@@ -104,6 +104,8 @@ def mse(repair: Repair, *, epochs: int = 4, rate: float = 1e-3) -> dict[str, Any
     """
     if epochs < 1 or rate <= 0:
         raise OptionError(f"mse:epochs={epochs},rate={rate}: epochs must be at least 1 and the rate above 0")
+    if world() > 1:
+        raise OptionError("mse trains in one process; under torchrun fill stand-ins by mean, lstsq, lm or distill")
     records: list[dict[str, Any]] = []
     for one, found in _positions(repair, "mse"):
         x: dict[int, list[Tensor]] = {0: [], 1: []}

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from depthprune.discover import muted
+from depthprune.dist import total
 from depthprune.errors import LayoutError
 from depthprune.layout import blocks_of
 from depthprune.model import Model
 from depthprune.offload import hold
-from depthprune.record import close, record
+from depthprune.record import Recording, close, forwards, record
 from depthprune.recover.closed import last_norm
 from depthprune.recover.pair import Side, pair, steps
 from depthprune.recover.repair import Repair
-from depthprune.writers import bias_of, ends, matrix, set_bias, set_weight, weight_of
+from depthprune.writers import bias_of, ends, matrix, set_bias, set_weight, weight_of, written
 
 
 @torch.no_grad()
@@ -32,7 +34,8 @@ def scale(repair: Repair) -> dict[str, Any]:
     so logits keep their size.
 
     Raises ``LayoutError`` where the stream cannot be scaled by its writers: some have no single map, the embeddings are
-    not all there is in it before the first block, or the head is tied and no last norm can undo it.
+    not all there is in it before the first block, a sublayer reads it as it is (OLMo 2's, which have no norm before
+    them), or the head is tied and no last norm can undo it.
     Source: Prune&Comp, magnitude compensation, fused offline.
     """
     model, teacher = repair.model, repair.teacher
@@ -45,7 +48,8 @@ def scale(repair: Repair) -> dict[str, Any]:
             first = number
             while number < len(plan) and plan[number].at is None:
                 number += 1
-            ratio = (before[number] / before[first]).mean()
+            grown = before[number] / before[first]
+            ratio = total(grown.sum()) / total(torch.full_like(grown[:1], len(grown)))[0]
             if not bool(ratio.isfinite()):
                 raise LayoutError("scale: streams are not finite (NaN or infinite) on this text")
             runs.append((number, float(ratio)))
@@ -63,6 +67,7 @@ def scale(repair: Repair) -> dict[str, Any]:
     if tied and norm is None:
         raise LayoutError("scale: the embeddings are also the head, and no last norm can undo the factor in it")
     start = _entry(model)
+    noise = torch.randn(start.stream.shape, generator=torch.Generator().manual_seed(10)).to(start.stream)
     memo: dict[int, nn.Parameter] = {}
     for embedding in embeddings:
         old = embedding.weight
@@ -70,7 +75,7 @@ def scale(repair: Repair) -> dict[str, Any]:
         embedding.weight = memo[id(old)]
     for head in names:
         head.weight = memo.get(id(head.weight), head.weight)
-    if not close(_entry(model), outer * start):
+    if not close(_entry(model).stream, outer * start.stream):
         raise LayoutError("scale: the stream before the first block holds more than embeddings, so it cannot be scaled")
     if tied:
         assert norm is not None
@@ -86,6 +91,14 @@ def scale(repair: Repair) -> dict[str, Any]:
         if own is None or own.writer is None:
             raise LayoutError(f"scale: nothing that is scaled alone writes the update of {step.block}.{step.name}")
         writer = blocks[step.at].get_submodule(own.writer.path)
+        others = [s for s in model.layout.blocks[step.at].sublayers if s.name != step.name]
+        with hold(blocks[step.at]), forwards(muted(blocks[step.at], tuple(others))):
+            once, twice = (
+                written(start.calls[step.at], blocks[step.at], times * (start.stream + noise), own.writer)
+                for times in (1, 2)
+            )
+        if not close(twice, once):
+            raise LayoutError(f"scale: {step.block}.{step.name} reads the stream as it is, so its size matters to it")
         with hold(writer):
             _scale(writer, later)
     return {"factors": [{"before": place, "factor": round(factor, 6)} for place, factor in runs]}
@@ -121,11 +134,11 @@ def _embeddings(model: Model) -> list[nn.Embedding]:
     ]
 
 
-def _entry(model: Model) -> Tensor:
-    """The stream before the first block on a probe."""
+def _entry(model: Model) -> Recording:
+    """The stream before the first block on a probe, and how each block is called."""
     tokens = torch.randint(model.vocabulary, (2, 6), generator=torch.Generator().manual_seed(8)).to(model.device)
     arities = [block.arity for block in model.layout.blocks]
-    return record(model.net, blocks_of(model.net, model.layout), arities, tokens, None).stream
+    return record(model.net, blocks_of(model.net, model.layout), arities, tokens, None)
 
 
 def _scale(module: nn.Module, factor: float) -> None:
