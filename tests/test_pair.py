@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from cuts import ADDS, cut, model_of, rows, see, streams_of
-from depthprune.data import Data
 from depthprune.errors import DepthpruneError, PlanError
 from depthprune.model import Model
 from depthprune.plan import Plan

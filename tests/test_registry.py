@@ -219,6 +219,15 @@ def undocumented(text: str) -> list[str]:
     return missing + [name for name in recipes.names() if f"`{name}`" not in text.partition("## Recipes")[2]]
 
 
+def test_ways_one_after_the_other() -> None:
+    assert registry.ways("refit+distill:tokens=2M,top=4+tail") == ["refit", "distill:tokens=2M,top=4", "tail"]
+    assert registry.ways("lora:targets=gate_proj+up_proj,rank=2+refit") == [
+        "lora:targets=gate_proj+up_proj,rank=2",
+        "refit",
+    ]
+    assert registry.ways("refit+distil") == ["refit", "distil"]  # a slip is seen as one
+
+
 def unsaid(text: str) -> list[str]:
     """The recoverers and their options that a page does not name; those that all trainings share are named once."""
     missing = []

@@ -205,7 +205,7 @@ def compare(
 
 def _known(ways: Sequence[str], *stand_ins: str) -> None:
     """Refuse recoverers that do not exist, before a model is loaded."""
-    for part in (part for way in ways for part in way.split("+")):
+    for part in (part for way in ways for part in registry.ways(way)):
         if part.partition(":")[0] not in stand_ins:
             registry.find("recoverers", part)
 

@@ -23,7 +23,7 @@ from depthprune import hub
 from depthprune.discover import discover, find_stack
 from depthprune.errors import CheckpointError, OptionError, unknown
 from depthprune.layout import Layout
-from depthprune.offload import Folder, adopt, numbers, places
+from depthprune.offload import Folder, adopt, numbers, places, unwritten
 from depthprune.plan import Plan, Reference
 from depthprune.sizes import budgets
 
@@ -137,7 +137,9 @@ def load(
             raise CheckpointError(f"the checkpoint {source} {fault} {names[0]}{more}{rest}")
     if waits:
         adopt(net, stack, torch.device(device), folder)
-    return wrap(net.eval(), _tokenizer(tokenizer or source, options), source, revision, config.dtype)
+    model = wrap(net.eval(), _tokenizer(tokenizer or source, options), source, revision, config.dtype)
+    unwritten(net)
+    return model
 
 
 def wrap(net: nn.Module, tokenizer: Any, id: str, revision: str | None = None, dtype: Any = None) -> Model:
@@ -175,6 +177,8 @@ def _spread(
     auto: Any, config: Any, dtype: Any, device: str, allowed: Mapping[str, int], trust_remote_code: bool
 ) -> tuple[str, dict[str, Any] | None]:
     """The path of the stack and where each part of a model goes, from its configuration alone."""
+    if getattr(config, "quantization_config", None):
+        raise OptionError("quantised weights cannot wait in memory or on disk; use --place whole")
     kind = config.dtype or torch.float32 if dtype == "auto" else dtype
     with torch.device("meta"):
         net = auto.from_config(copy.deepcopy(config), dtype=kind, trust_remote_code=trust_remote_code)

@@ -48,6 +48,7 @@ class Stored:
     key: str
     device: torch.device
     folder: Folder | None = None
+    version: int = 0  # of the parameter, which counts how often it was written to
 
     def read(self) -> Tensor:
         """The numbers, on the device."""
@@ -136,8 +137,16 @@ def _away(weight: nn.Parameter, old: Tensor) -> nn.Parameter:
     index = {"weight": {"safetensors_file": str(file), "weight_name": "weight"}}
     source = OffloadedWeightsLoader(index=index, device=str(place.device))
     waiting = nn.Parameter(weight.detach().to("meta"), requires_grad=weight.requires_grad)
-    waiting.stored = Stored(source, "weight", place.device, folder)  # type: ignore[attr-defined]
+    waiting.stored = Stored(source, "weight", place.device, folder, waiting._version)  # type: ignore[attr-defined]
     return waiting
+
+
+def unwritten(net: nn.Module) -> None:
+    """Refuse models whose code has written to weights that wait, as that is lost. Raises ``OptionError``."""
+    for name, weight in net.named_parameters():
+        place = stored(weight)
+        if place is not None and place.version != weight._version:
+            raise OptionError(f"{type(net).__name__} cannot be offloaded: it writes to {name}; use --place whole")
 
 
 def _run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -157,7 +166,9 @@ def adopt(net: nn.Module, stack: str, device: torch.device, folder: Folder) -> N
                 assert one.weights_map is not None
                 for name, weight in module._parameters.items():
                     if weight is not None and weight.is_meta:
-                        weight.stored = Stored(one.weights_map, name, device, folder)  # type: ignore[attr-defined]
+                        weight.stored = Stored(  # type: ignore[attr-defined]
+                            one.weights_map, name, device, folder, weight._version
+                        )
                 one.offload = False  # else the hook would bring the weights back as it goes
         if hook is not None:
             remove_hook_from_module(module)

@@ -171,7 +171,7 @@ def _recovered(
         return {}
     source = settings.recover_data or settings.data
     asked = Asked(source, settings.recover_sequences, settings.length, settings.field, settings.seed, settings.memory)
-    rows = text_of(asked, pair["dense"])
+    rows = text_of(asked, pair["dense"], console, out / "written.safetensors")
     if isinstance(rows, Mixture) or rows.scored is not None:
         raise DataError(f"--recover-data {source} is a task; recovery reads plain text")
     try:
@@ -188,6 +188,7 @@ def _recovered(
         pair["pruned"], pair["dense"], rows, settings.recover, asked, console, folder=folder, resume=folder.is_dir()
     )
     shutil.rmtree(folder, ignore_errors=True)
+    (out / "written.safetensors").unlink(missing_ok=True)
     return {"recovered": made}
 
 

@@ -73,11 +73,12 @@ def recovered(
 
     Raises ``OptionError`` for a stand-in where weights were recovered before, as the cut then is another.
     """
-    name = how.partition(":")[0]
+    name = how.partition("+")[0].partition(":")[0]
     if name in STAND_INS and model.plan is not None:
         if model.recovery is not None or model.plan.stand_in:
             raise OptionError(f"{how} starts from a plain cut, and {model.reference.id} was recovered or has stand-ins")
-        model, how = drop(teacher, with_stand_ins(model.plan, how)), STAND_INS[name]
+        form, *rest = how.split("+", 1)
+        model, how = drop(teacher, with_stand_ins(model.plan, form)), "+".join((STAND_INS[name], *rest))
     told: dict[str, Any] = {"show": console.show, "say": console.say} if dist.rank() == 0 else {}
     options: dict[str, Any] = {"memory": asked.memory, "seed": asked.seed, "source": asked.data, "field": asked.field}
     return recover(model, teacher, data, how, **told, **options, **more)
@@ -105,7 +106,7 @@ def carried_over(recovery: Mapping[str, Any], found: Sequence[Mapping[str, Any]]
     for entry in found:
         there = entry["loss"]["pruned"] - entry["loss"]["recovered"]
         if gain > 0 and there < CARRIED * gain:
-            what = f"{there:.3f} nats better" if there > 0 else f"{-there:.3f} nats worse"
+            what = f"{abs(there):.3f} nats {'better' if there >= 0 else 'worse'}"
             lines.append(
                 f"the gain does not carry over: {gain:.3f} nats on held-out rows of {recovery['data']['name']}, but "
                 f"{entry['text']} is {what}; recover on text like what the model is for"

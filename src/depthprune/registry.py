@@ -74,6 +74,17 @@ def names(table: str) -> tuple[str, ...]:
     return tuple(sorted({*TABLES[table], *_outsiders(table).names}))
 
 
+def ways(how: str) -> list[str]:
+    """The recoverers of ``a+b``, in turn; a plus inside an option's value (``lora:targets=gate_proj+up_proj``) stays."""
+    known, parts = names("recoverers"), list[str]()
+    for piece in how.split("+"):
+        if parts and "=" in parts[-1] and piece.partition(":")[0] not in known:
+            parts[-1] += f"+{piece}"
+        else:
+            parts.append(piece)
+    return parts
+
+
 def _outsiders(table: str) -> EntryPoints:
     return entry_points(group=f"depthprune.{'exporters' if table == 'forms' else table}")
 

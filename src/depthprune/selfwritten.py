@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationConfig, LogitsProcessor
 
 from depthprune.data import Data, check_vocabulary, digest
@@ -38,6 +39,7 @@ from depthprune.rows import wanted_rows
 TOKENS = {"cpu": 1 << 14, "cuda": 1 << 18}  # to write, unless told otherwise: writing is slow
 ROWS = 64  # at a time, at the most
 CACHE = {"cpu": 1 << 30, "cuda": 1 << 32}  # bytes of keys and values at a time, unless told otherwise
+ATTENTION = [kind for kind in SDPBackend.__members__.values() if kind.name not in ("ERROR", "CUDNN_ATTENTION")]
 _MEASURED = 8  # steps by which the time is told
 
 
@@ -122,13 +124,18 @@ def pick(logits_BV: Tensor, noise_B: Tensor, *, temperature: float = 1.0, top_p:
     probabilities = scaled.softmax(-1)
     if top_p < 1:
         ordered = probabilities.sort(-1, descending=True).values
-        before = ordered.cumsum(-1) - ordered
+        before = _sums(ordered) - ordered
         least = ordered.masked_fill(before >= top_p, math.inf).amin(-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < least, 0.0)
-    up_to = probabilities.cumsum(-1)
+    up_to = _sums(probabilities)
     whole = up_to[:, -1]
     chosen = torch.searchsorted(up_to, (noise_B.to(up_to) * whole)[:, None]).squeeze(-1)
     return chosen.masked_fill(~whole.isfinite(), -1)
+
+
+def _sums(values_BV: Tensor) -> Tensor:
+    """Running sums, the same whenever they are asked for: CUDA adds up a single row in an order that varies."""
+    return values_BV.cumsum(-1) if len(values_BV) > 1 else torch.cat((values_BV, values_BV)).cumsum(-1)[:1]
 
 
 class Pen(LogitsProcessor):
@@ -215,11 +222,15 @@ def _all_rows(
 
 @contextmanager
 def _own_settings(net: Any, **settings: Any) -> Iterator[GenerationConfig]:
-    """Write by these settings alone: a model's own may stop at its end of text, or penalise repetition."""
+    """Write by these settings alone: a model's own may stop at its end of text, or penalise repetition.
+
+    cuDNN's attention is left out: over more than 128 tokens its last bits vary from run to run, and so would the text.
+    """
     before, how = net.generation_config, GenerationConfig(**settings)  # type: ignore[no-untyped-call]
     net.generation_config = how
     try:
-        yield how
+        with sdpa_kernel(ATTENTION):
+            yield how
     finally:
         net.generation_config = before
 

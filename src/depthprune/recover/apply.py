@@ -20,7 +20,7 @@ from depthprune.offload import numbers, swap
 from depthprune.oracle import Show
 from depthprune.recover.pair import steps
 from depthprune.recover.repair import Repair, silent
-from depthprune.registry import find
+from depthprune.registry import find, ways
 from depthprune.surgery import clone
 
 HELD = 8  # one row in so many is held out
@@ -52,7 +52,7 @@ def recover(
     Raises ``PlanError`` where the two do not belong together, ``DataError`` for text that is too short or for another
     tokenizer, ``OptionError`` for unknown names, ``DepthpruneError`` where a model computes NaN.
     """
-    names = [how] if callable(how) else how.split("+")
+    names = [how] if callable(how) else ways(how)
     chosen = [(str(name), *find("recoverers", name)[1:]) for name in names]
     plan = fitting(model, teacher)
     if not plan.drop:
