@@ -124,8 +124,9 @@ def perplexity(model: Model, text: Windows, *, show: Show | None = None) -> Perp
     tokens, mask, scored = text.data.tokens, text.data.mask, text.scored
     rows = max(1, min(LOGITS // (model.vocabulary * tokens.shape[1]), 8192 // tokens.shape[1]))
     total, cuts = 0.0, slices(len(tokens), rows)
-    for some, made in zip(cuts, _logits(model, tokens, mask, cuts), strict=True):
-        ids, logits = tokens[some].to(model.device), made[:, :-1].float()
+    found = _logits(model, tokens, mask, cuts)
+    for some in cuts:
+        ids, logits = tokens[some].to(model.device), next(found)[:, :-1].float()
         nll = logits.logsumexp(-1) - logits.gather(-1, ids[:, 1:, None]).squeeze(-1)
         total += nll.double()[scored[some, 1:].to(model.device)].sum().item()
         if show is not None:

@@ -179,8 +179,7 @@ def _fit_readers(both: Pair, step: Step, own: Ends) -> list[Record]:
     """Fit every linear map that is given the sublayer's input to what the dense one makes of the dense input."""
     normals: dict[str, Normal] = {}
     for batch, held in batches(both):
-        mask = both.cut.masks[batch].flatten()
-        x, target = (side.given(batch).flatten(0, -2)[mask] for side in (both.cut, both.dense))
+        x, target = (both.real(batch, side.given(batch)) for side in (both.cut, both.dense))
         for path in own.readers:
             mine, dense = (side.block.get_submodule(path) for side in (both.cut, both.dense))
             residual = mapped(dense, target).float() - mapped(mine, x).float()
@@ -210,12 +209,9 @@ def _fit_writer(both: Pair, step: Step, own: Ends, way: _Refit) -> list[Record]:
         return [{"unit": _unit(step), "kept": own.reason}]
     normal: Normal | None = None
     for batch, held in batches(both):
-        mask = both.cut.masks[batch].flatten()
         after, seen = both.cut.ahead(batch)
-        weight = both.weight(batch)
-        residual = ((both.dense.stream(batch).float() - after.float()) * weight).flatten(0, -2)[mask]
-        features = way.features(both.cut.block, own.writer, seen).float()
-        features = features.reshape(len(mask), -1)[mask] * weight.flatten(0, -2)[mask]
+        residual = both.missing(batch, after)
+        features = both.real(batch, way.features(both.cut.block, own.writer, seen)).float() * both.weight(batch)
         normal = normal or Normal(residual.shape[1], features.shape[1], residual.device, diagonal=own.writer.diagonal)
         normal.add(held, features, residual)
     assert normal is not None
@@ -240,9 +236,8 @@ def _fit_last_norm(both: Pair, repair: Repair) -> list[Record]:
     norm, dense = (model.net.get_submodule(path) for model in (repair.model, repair.teacher))
     normal: Normal | None = None
     for batch, held in batches(both):
-        mask = both.cut.masks[batch].flatten()
-        stream = both.cut.stream(batch).flatten(0, -2)[mask]
-        target = dense(both.dense.stream(batch).flatten(0, -2)[mask]).float()
+        stream = both.real(batch, both.cut.stream(batch))
+        target = dense(both.real(batch, both.dense.stream(batch))).float()
         normal = normal or Normal(target.shape[1], target.shape[1], target.device, diagonal=True)
         normal.add(held, _basis(norm, stream).float(), target - norm(stream).float())
     assert normal is not None

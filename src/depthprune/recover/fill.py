@@ -77,7 +77,7 @@ def lstsq(repair: Repair) -> dict[str, Any]:
         normal: Normal | None = None
         for batch, held in batches(found.both):
             missing, x = found.after_unit(batch) - found.after(batch), found.given(batch)
-            weight = found.both.weight(batch).flatten(0, -2)[found.mask(batch)]
+            weight = found.both.weight(batch)
             normal = normal or Normal(missing.shape[1], x.shape[1], missing.device)
             normal.add(held, x * weight, missing * weight)
         assert normal is not None
@@ -197,12 +197,8 @@ class _Found:
     folded: bool
     before: list[Any]
 
-    def mask(self, batch: int) -> Tensor:
-        return self.both.cut.masks[batch].flatten()
-
     def _flat(self, batch: int, tensor: Tensor) -> Tensor:
-        mask = self.mask(batch)
-        return tensor.reshape(len(mask), -1)[mask].float()
+        return self.both.real(batch, tensor).float()
 
     def after_unit(self, batch: int) -> Tensor:
         """The dense stream after the unit."""

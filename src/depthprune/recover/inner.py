@@ -13,7 +13,7 @@ from depthprune.recover.pair import Pair, batches
 from depthprune.writers import Ends, bias_of, set_weight, weight_of
 
 LEAST = 2e-3  # the share of the held-out error that a step must remove for another to be made
-TOKENS = 1 << 19  # to fit on at most: forwards and backwards cost more than sums, and early stopping needs fewer rows
+TOKENS = 3 << 17  # to fit on at most: forwards and backwards cost more than sums, and early stopping needs fewer rows
 DAMPING = 1e-2  # of the preconditioner, times the mean of its diagonal
 
 
@@ -38,16 +38,13 @@ def fit_inner(both: Pair, own: Ends, path: str, unit: str, most: int) -> dict[st
         """The weighted update (N, D) of real tokens with this weight, without biases."""
         made = both.cut.writes(batch, writer, path, given)
         made = writer.scale * (made if bias is None else made - bias).float()
-        mask = both.cut.masks[batch].flatten()
-        return made.reshape(len(mask), -1)[mask] * both.weight(batch).flatten(0, -2)[mask]
+        return both.real(batch, made) * both.weight(batch)
 
     def missing(batch: int) -> tuple[Tensor, Tensor]:
         """The weighted residual (N, D) of real tokens, and the map's inputs (N, K)."""
         after, seen = both.cut.ahead(batch)
-        mask = both.cut.masks[batch].flatten()
         x = next(given for name, _, given, _ in reversed(seen) if name == path)
-        residual = (both.dense.stream(batch).float() - after.float()) * both.weight(batch)
-        return residual.flatten(0, -2)[mask], x.reshape(len(mask), -1)[mask].float()
+        return both.missing(batch, after), both.real(batch, x).float()
 
     def back() -> Tensor:
         """J^T r over the rows to fit on."""
@@ -87,9 +84,10 @@ def fit_inner(both: Pair, own: Ends, path: str, unit: str, most: int) -> dict[st
             change = update(batch, direction)
             moved[batch] = put(change)
             bend += 0 if held else change.square().sum(dtype=torch.float64)
-        length = slope / float(total(bend)) if float(bend) > 0 else 0.0
-        if not length or not math.isfinite(length):
+        curve = float(total(bend))
+        if not curve > 0 or not math.isfinite(slope / curve):
             break
+        length = slope / curve
         step, steps, now = step + length * direction, steps + 1, torch.zeros(1, **wide)
         for batch, held in used:
             residual = get(residuals[batch]) - length * get(moved[batch])

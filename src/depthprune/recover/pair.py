@@ -161,6 +161,7 @@ class Side:
             self._calls.append(recording.calls)
             self._now.append(store.put(recording.stream))
             self.masks.append(mask)
+        self.whole = [bool(mask.all()) for mask in self.masks]
         self._entry = list(self._now)
         self._replays: list[list[Any]] = [[] for _ in rows]
         self._held, self._holding = ExitStack(), -1
@@ -277,9 +278,21 @@ class Pair:
     tokens: int
     store: Store
 
+    def real(self, batch: int, tensor: Tensor) -> Tensor:
+        """The rows (N, K) of the real tokens in a tensor that has a row for every token of a batch."""
+        mask = self.cut.masks[batch]
+        flat = tensor.reshape(mask.numel(), -1)
+        return flat if self.cut.whole[batch] else flat[mask.flatten()]
+
     def weight(self, batch: int) -> Tensor:
-        """What the error of each token (B, T, 1) counts: 1 / the root mean square of the dense stream."""
-        return self.dense.stream(batch).float().square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+        """What the error of each real token (N, 1) counts: 1 / the root mean square of the dense stream."""
+        stream = self.real(batch, self.dense.stream(batch)).float()
+        return stream.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+
+    def missing(self, batch: int, after: Tensor) -> Tensor:
+        """The dense stream less the cut one ``after`` a sublayer, of the real tokens (N, D), weighted."""
+        gap = self.real(batch, self.dense.stream(batch)).float() - self.real(batch, after).float()
+        return gap * self.weight(batch)
 
     def close(self) -> None:
         """Let go of the streams and of the weights."""
