@@ -34,7 +34,8 @@ OPTIONS = {
     "bench": "--batch --prompt --new --repeats --out",
     "export": "--form --out --tokenizer --revision --allow-pickle --trust-remote-code --place",
     "report": "--open",
-    "prune": "--drop --data --out --demo --recover --recover-data --recover-sequences --text --form --no-bench --resume --overwrite --memory --protect "
+    "prune": "--drop --data --out --demo --recover --recover-data --recover-sequences --text --form --no-bench "
+    "--resume --overwrite --memory --protect "
     "--recipe --stability",
     "recover": "--teacher --how --data --text --compare --form --resume --sequences --length --memory --out",
     "compare": "--data --recipes --drop --text --window --windows --metric --unit --sequences --length --memory --out",

@@ -212,8 +212,8 @@ USAGE = {
     "--select gredy": "unknown selector 'gredy'. Did you mean 'greedy'?",
     "--select greedy:exact=maybe": "greedy:exact is true or false, not 'maybe'",
     "--form gguf": "unknown form 'gguf'. Available: hf",
-    "--recover lore": "unknown recoverer 'lore'. Did you mean 'lora'? Available: distill, full, linear, lm, lora, lstsq, mean, mse, "
-    "refit, scale, tail",
+    "--recover lore": "unknown recoverer 'lore'. Did you mean 'lora'? Available: distill, full, linear, lm, lora, "
+    "lstsq, mean, mse, refit, scale, tail",
     "--memory banana": "--memory 'banana' is no size; write 4GB or 500MB",
     "--dtype bfloat": "unknown dtype 'bfloat'. Did you mean 'bfloat16'?",
     "--device banana": "no device 'banana' that torch can use on this machine. Available: cpu",

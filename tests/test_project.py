@@ -29,7 +29,8 @@ LEVELS = {
             "layout discover families record offload model surgery shrink skip standin writers "
             "data tasks rows sources hub dist demo",
             "walk measures timing variants oracle mixed metrics recover prompts selfwritten export evaluate bench",
-            "run charts report compare planning pruning recovering stages console options tables jobs cli __init__ __main__",
+            "run charts report compare planning pruning recovering stages console options tables jobs cli "
+            "__init__ __main__",
         )
     )
     for name in names.split()

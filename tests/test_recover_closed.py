@@ -292,22 +292,25 @@ def test_linear_where_the_code_adds_in_place() -> None:
 # Inner maps
 
 
-def very_tiny(*, layers: int = 2) -> Model:
+def very_tiny(*, layers: int = 2, bias: bool = False) -> Model:
     """A llama with 96 weights in each map."""
     sizes: dict[str, Any] = {"vocab_size": 40, "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2}
-    config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, num_hidden_layers=layers, head_dim=4)
+    config = transformers.LlamaConfig(
+        **sizes, num_key_value_heads=2, num_hidden_layers=layers, head_dim=4, attention_bias=bias, mlp_bias=bias
+    )
     net = transformers.LlamaForCausalLM(config).eval()
     shake(net, 0)
     return wrap(net, None, "very tiny")
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("sublayer", "path"), [(1, "mlp.up_proj"), (0, "self_attn.v_proj")])
 def test_an_inner_map_is_dense_least_squares_after_enough_steps(
-    sublayer: int, path: str, monkeypatch: pytest.MonkeyPatch
+    sublayer: int, path: str, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The Jacobian of the stream in the map's weight, by autograd, and one least-squares system with it."""
     monkeypatch.setattr(inner_maps, "LEAST", -math.inf)  # no early stop
-    teacher = very_tiny()
+    teacher = very_tiny(bias=bias)
     model = cut(teacher, "1" if sublayer else "0.mlp")
     text = rows(8, 10, vocabulary=40, padding=3)
     block: Any = blocks_of(model.net, model.layout)[0]

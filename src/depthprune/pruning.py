@@ -136,7 +136,8 @@ def prune(
         pair["recovered"] = reopen(load_as(replace(settings, model=str(out / "model"))), out / "model")
     if not (out / "check.json").is_file():
         console.say("proving it in a fresh process")
-        wanted = expect_as_it_is(pair["recovered"]) if "recovered" in pair else expect(model, pair["pruned"].plan or plan)
+        cut = pair["pruned"].plan or plan
+        wanted = expect_as_it_is(pair["recovered"]) if "recovered" in pair else expect(model, cut)
         proofs = check_many({out / "model": wanted}, device=str(model.device))[out / "model"]
         passed = all(proof.passed for proof in proofs)
         write_json(out / "check.json", {"format": 1, "passed": passed, "proofs": [p.to_json() for p in proofs]})
@@ -193,7 +194,7 @@ def _recovered(
 
 
 def _told(model: Model, found: Mapping[str, Any], text: Windows, console: Console) -> dict[str, Any]:
-    """What ``eval.json`` says of the recovery: how, on what, and a warning where it does not carry over to this text."""
+    """What ``eval.json`` says of the recovery: how, on what, and whether it does not carry over to this text."""
     done = model.recovery
     assert done is not None
     losses = {entry["name"]: entry["loss"] for entry in found["models"]}

@@ -75,7 +75,7 @@ def names(table: str) -> tuple[str, ...]:
 
 
 def ways(how: str) -> list[str]:
-    """The recoverers of ``a+b``, in turn; a plus inside an option's value (``lora:targets=gate_proj+up_proj``) stays."""
+    """The recoverers of ``a+b``, in turn; a plus inside a value (``lora:targets=gate_proj+up_proj``) stays."""
     known, parts = names("recoverers"), list[str]()
     for piece in how.split("+"):
         if parts and "=" in parts[-1] and piece.partition(":")[0] not in known:

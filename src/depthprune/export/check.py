@@ -56,31 +56,34 @@ class Expected:
     places: Mapping[str, Any] | None = None  # where a fresh process is to put the weights of a model too large for it
 
 
-@torch.no_grad()
 def expect(dense: Model, plan: Plan) -> Expected:
     """Measure the reference on the dense model with the plan's units muted."""
-    tokens, long = probe(dense, SHAPE), longer(dense)
     with without(dense, plan.drop):
-        tensors = {"tokens": tokens.cpu(), "logits": dense.net(tokens, use_cache=False).logits.float().cpu()}
-        if long is not None:
-            tensors |= {"long": long.cpu(), "late_logits": prove.late_logits(dense.net, long)}
-    generated = prove.generation_gap(dense.net, tokens) or 0.0
-    stepped = prove.stepping_gap(dense.net, tokens) or 0.0
-    dtype = str(next(dense.net.parameters()).dtype).removeprefix("torch.")
-    return Expected(tensors, generated, stepped, planned(dense, plan), dtype, _places(dense))
+        tensors = _answers(dense)
+    return _expected(dense, tensors, planned(dense, plan))
+
+
+def expect_as_it_is(model: Model) -> Expected:
+    """Measure the reference on a model as it is in memory: what its folder has to reproduce once weights changed."""
+    return _expected(model, _answers(model), model.parameters)
 
 
 @torch.no_grad()
-def expect_as_it_is(model: Model) -> Expected:
-    """Measure the reference on a model as it is in memory: what its folder has to reproduce once weights changed."""
+def _answers(model: Model) -> dict[str, Tensor]:
     tokens, long = probe(model, SHAPE), longer(model)
     tensors = {"tokens": tokens.cpu(), "logits": model.net(tokens, use_cache=False).logits.float().cpu()}
     if long is not None:
         tensors |= {"long": long.cpu(), "late_logits": prove.late_logits(model.net, long)}
+    return tensors
+
+
+def _expected(model: Model, tensors: Mapping[str, Tensor], parameters: int) -> Expected:
+    """The answers with how exact cached decoding of an intact model is."""
+    tokens = probe(model, SHAPE)
     generated = prove.generation_gap(model.net, tokens) or 0.0
     stepped = prove.stepping_gap(model.net, tokens) or 0.0
     dtype = str(next(model.net.parameters()).dtype).removeprefix("torch.")
-    return Expected(tensors, generated, stepped, model.parameters, dtype, _places(model))
+    return Expected(tensors, generated, stepped, parameters, dtype, _places(model))
 
 
 def _places(model: Model) -> dict[str, Any] | None:
