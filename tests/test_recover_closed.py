@@ -31,6 +31,7 @@ from depthprune.recover.inner import fit_inner
 from depthprune.recover.normal import RIDGES
 from depthprune.recover.pair import join, pair
 from depthprune.recover.repair import Repair
+from depthprune.surgery import clone
 from depthprune.writers import ends
 from families import EXACT, shake, tiny
 
@@ -648,6 +649,38 @@ def test_weights_are_those_that_are_saved() -> None:
     assert all(torch.equal(w, w.bfloat16().float()) for w in found.net.state_dict().values())
     exact = recover(replace(model, dtype=torch.float32), teacher, rows())
     assert not all(torch.equal(w, w.bfloat16().float()) for w in exact.net.state_dict().values())
+
+
+def test_rounding_leaves_tied_weights_tied() -> None:
+    teacher = replace(model_of("llama_tied"), dtype=torch.bfloat16)
+    model = cut(teacher, "1.mlp")
+    old = model.net.get_input_embeddings().weight
+
+    def finer(repair: Repair) -> dict[str, Any]:
+        net = repair.model.net
+        weight = nn.Parameter(net.get_input_embeddings().weight * (1 + 2**-12))
+        net.get_input_embeddings().weight = net.get_output_embeddings().weight = weight
+        return {}
+
+    mine = replace(model, net=clone(model.net))
+    finer(Repair(mine, teacher, rows(), rows(seed=1)))
+    apply._as_saved(mine)
+    new = mine.net.get_input_embeddings().weight
+    assert mine.net.get_output_embeddings().weight is new and new is not old
+    assert torch.equal(new, (old * (1 + 2**-12)).bfloat16().float())
+    assert mine.parameters == sum(weight.numel() for weight in mine.net.parameters())
+
+
+def test_weights_of_another_cut_are_noticed() -> None:
+    """A plan with the same structure, but of other blocks; and a second recovery, which is not a stranger."""
+    teacher, said = model_of("llama"), list[str]()
+    model = cut(teacher, "1", "2.mlp")
+    first = recover(model, teacher, rows(), "linear", say=said.append)
+    recover(first, teacher, rows(), "linear", say=said.append)
+    assert not any("another plan" in line for line in said)
+    other = replace(model, plan=replace(cut(teacher, "0", "2.mlp").plan, model=teacher.reference))
+    recover(other, teacher, rows(), "linear", say=said.append)
+    assert any(line.startswith("model.layers.0.") and "another plan" in line for line in said)
 
 
 def test_a_half_precision_model_is_recovered_in_it() -> None:

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from depthprune.data import Data, Mixture, check_vocabulary
 from depthprune.dist import share, total, world
 from depthprune.errors import DataError, DepthpruneError, PlanError
 from depthprune.evaluate import Windows, perplexity
+from depthprune.layout import blocks_of
 from depthprune.model import Model, fingerprint
 from depthprune.offload import numbers, swap
 from depthprune.oracle import Show
-from depthprune.recover.pair import steps
+from depthprune.recover.pair import kept_blocks, steps
 from depthprune.recover.repair import Repair, silent
 from depthprune.registry import find, ways
 from depthprune.surgery import clone
@@ -55,6 +57,8 @@ def recover(
     names = [how] if callable(how) else ways(how)
     chosen = [(str(name), *find("recoverers", name)[1:]) for name in names]
     plan = fitting(model, teacher)
+    if model.recovery is None and (where := _other(model, teacher)):
+        say(f"{where} is not as in the dense model, so it was trained in between, or cut by another plan")
     if not plan.drop:
         say("the plan drops nothing, so there is nothing to recover")
         return model
@@ -74,6 +78,8 @@ def recover(
         "held_loss": {"dense": dense, "before": before},
         "stages": [],
     }
+    if model.recovery is not None:
+        record["earlier"] = dict(model.recovery)
     for name, function, options in chosen:
         mine = replace(model, net=clone(model.net))
         kept = folder / f"{len(record['stages'])}" if folder is not None else None
@@ -99,13 +105,21 @@ def recover(
 
 @torch.no_grad()
 def _as_saved(model: Model) -> None:
-    """Round weights that changed to the type that they are saved in, so what is measured is what is written."""
+    """Round weights that changed to the type that they are saved in, so what is measured is what is written.
+
+    Tied weights stay tied.
+    """
+    known: dict[int, tuple[Tensor, Tensor]] = {}  # the weight itself too, so that no other gets its id
     for module in model.net.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
+            if id(weight) in known:
+                setattr(module, name, known[id(weight)][1])
+                continue
             now = numbers(weight)
             rounded = now.to(model.dtype).to(now.dtype)
             if weight.is_floating_point() and not torch.equal(rounded, now):
                 swap(module, name, rounded)
+                known[id(weight)] = (weight, getattr(module, name))
 
 
 def fitting(model: Model, teacher: Model) -> Any:
@@ -120,6 +134,20 @@ def fitting(model: Model, teacher: Model) -> Any:
             f"the pruned model's embeddings have the shape {tuple(a)}, the teacher's {tuple(b)}: not one model"
         )
     return model.plan
+
+
+@torch.no_grad()
+def _other(model: Model, teacher: Model) -> str:
+    """The first weight of a kept block that is not as in the dense model, by its name; empty if there is none."""
+    pairs = zip(blocks_of(model.net, model.layout), kept_blocks(teacher, model), strict=True)
+    dense = blocks_of(teacher.net, teacher.layout)
+    for number, (block, index) in enumerate(pairs):
+        mine, theirs = (dict(module.named_parameters()) for module in (block, dense[index]))
+        for name in mine.keys() & theirs.keys():
+            a, b = (numbers(weight) for weight in (mine[name], theirs[name]))
+            if a.shape != b.shape or not torch.equal(a, b.to(a)):
+                return f"{model.layout.path}.{number}.{name}"
+    return ""
 
 
 def readable(data: Data | Mixture, model: Model) -> Data:
