@@ -278,6 +278,8 @@ def recover(
     if compare:
         out.mkdir(parents=True, exist_ok=True)
         found = recovering.compare(model, dense, rows, ways, texts, asked, out, console)
+        if dist.rank() > 0:
+            return
         for row in found["rows"]:
             for line in row.get("warnings", ()):
                 console.warn(f"{row['how']}: {line}")

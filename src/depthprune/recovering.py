@@ -166,7 +166,7 @@ def compare(
             raise OptionError(f"--out {out} holds a comparison of other models, texts or seeds; name another folder")
     else:
         value |= {"data": data.describe(), "base": measure({"dense": teacher, "pruned": model}, texts, console)}
-        write_json(out / "recover.json", value)
+        _keep(out, value)
     for how in ways:
         if any(row["how"] == how for row in value["rows"]):
             continue
@@ -191,8 +191,14 @@ def compare(
             }
             del made
         value["rows"].append(row)
-        write_json(out / "recover.json", value)
+        _keep(out, value)
     return value
+
+
+def _keep(out: Path, value: Mapping[str, Any]) -> None:
+    """Write the comparison so far, from one process."""
+    if dist.rank() == 0:
+        write_json(out / "recover.json", value)
 
 
 def _joined(base: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

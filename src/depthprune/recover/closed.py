@@ -65,6 +65,8 @@ def refit(repair: Repair, *, readers: bool = True, inner: int = 8, norms: bool =
     """
     if sweeps < 1:
         raise OptionError(f"refit:sweeps must be at least 1, not {sweeps}")
+    if inner < 0:
+        raise OptionError(f"refit:inner must be at least 0, not {inner}")
     found: list[Record] = []
     for sweep in range(sweeps):
         made = _sweep(repair, _Refit(readers, inner), "refit" if sweeps == 1 else f"refit, sweep {sweep + 1}", norms)
