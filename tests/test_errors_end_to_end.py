@@ -214,6 +214,7 @@ USAGE = {
     "--form gguf": "unknown form 'gguf'. Available: hf",
     "--recover lore": "unknown recoverer 'lore'. Did you mean 'lora'? Available: distill, full, linear, lm, lora, "
     "lstsq, mean, mse, refit, scale, tail",
+    "--recover refit+mean": "--recover mean: this fills stand-ins, and prune makes none; use drop --stand-in bias",
     "--memory banana": "--memory 'banana' is no size; write 4GB or 500MB",
     "--dtype bfloat": "unknown dtype 'bfloat'. Did you mean 'bfloat16'?",
     "--device banana": "no device 'banana' that torch can use on this machine. Available: cpu",

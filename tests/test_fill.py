@@ -115,7 +115,7 @@ def best(x: Tensor, r: Tensor, rank: int) -> Tensor | None:
         for ridge in RIDGES
     }
     ridge = min(errors, key=lambda ridge: errors[ridge])
-    return reduced(x, r, ridge, rank) if errors[ridge] < float(r[IS_HELD].square().sum()) else None
+    return reduced(x[~IS_HELD], r[~IS_HELD], ridge, rank) if errors[ridge] < float(r[IS_HELD].square().sum()) else None
 
 
 @pytest.mark.parametrize("rank", [0, 1, 4])

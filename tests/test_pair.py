@@ -123,11 +123,14 @@ def test_what_a_sublayer_is_given_is_its_input() -> None:
             side.advance()
 
 
-def test_the_weight_of_a_token_is_one_over_the_size_of_its_dense_stream() -> None:
-    teacher = model_of("llama")
-    both = pair(teacher, cut(teacher, "1"), rows(2, 12), rows(1, 12, seed=1))
-    stream = see(teacher.net, rows(2, 12)).into("model.layers.0")
+@pytest.mark.parametrize("padding", [0, 4])
+def test_the_weight_of_a_real_token_is_one_over_the_size_of_its_dense_stream(padding: int) -> None:
+    teacher, text = model_of("llama"), rows(2, 12, padding=padding)
+    both = pair(teacher, cut(teacher, "1"), text, rows(1, 12, seed=1))
+    stream = see(teacher.net, text).into("model.layers.0")[text.mask]
     torch.testing.assert_close(both.weight(0), 1 / stream.pow(2).mean(-1, keepdim=True).sqrt())
+    after = torch.randn(2, 12, stream.shape[-1])
+    torch.testing.assert_close(both.missing(0, after), (stream - after[text.mask]) * both.weight(0))
 
 
 def test_both_sides_can_wait_for_each_other() -> None:

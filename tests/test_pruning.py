@@ -185,6 +185,8 @@ def test_overwriting_never_deletes_what_it_is_to_read(desk: Path) -> None:
         ("--data", "run/far.txt"),
         ("--data", "./run"),
         ("--text", "run/../run/text.txt"),
+        ("--recover-data", "run/text.txt"),
+        ("--recover-data", "self:run/text.txt:prompt=4"),
         ("--tokenizer", "run/model"),
         ("--tokenizer", str(desk / "run" / "model")),
     ):
@@ -215,6 +217,27 @@ def test_how_a_run_is_done_may_change_when_it_is_resumed(desk: Path, monkeypatch
         monkeypatch.setattr(pruning, name, None)  # nothing is proven or recovered again
     assert run(*words, "--resume", "--memory", "2GB", "--device", "cpu").code == 0
     assert seeds == [4] and Path("run/bench.json").is_file()
+
+
+@pytest.mark.usefixtures("unproven")
+def test_what_recovers_may_change_until_it_has_recovered(desk: Path) -> None:
+    """A source that is not there is seen before the search; an option out of range after it, and can be put right."""
+    words = (*RUN, "--no-bench", "--out", "run")
+    done = run(*words, "--recover-data", "nowhere.txt")
+    assert done.code == 1 and "nowhere.txt" in done.error and not Path("run").exists()
+    assert run(*words, "--recover", "refit:sweeps=0").error == "refit:sweeps must be at least 1, not 0"
+    losses = Path("run/losses.jsonl").read_text()
+    assert run(*words, "--recover", "linear", "--resume").code == 0
+    assert Path("run/losses.jsonl").read_text() == losses
+    assert read("run/model/recovery.json")["stages"][0]["how"] == "linear"
+    assert "recover was 'refit:sweeps=0'" in run(*words, "--resume", "--seed", "1").error
+
+
+@pytest.mark.usefixtures("unproven")
+def test_a_run_may_leave_the_weights(desk: Path) -> None:
+    assert run(*RUN, "--no-bench", "--recover", "none", "--out", "run").code == 0
+    assert not Path("run/model/recovery.json").exists()
+    assert [entry["name"] for entry in read("run/eval.json")["models"]] == ["dense", "pruned"]
 
 
 @pytest.mark.usefixtures("unproven")

@@ -54,7 +54,7 @@ def by_channel(x: Tensor, r: Tensor, ridge: float) -> Tensor:
 
 
 def best(solve: Callable[..., Tensor], x: Tensor, r: Tensor, held: Tensor) -> Tensor | None:
-    """The map with the ridge that is best on the rows held out, fitted again on all; None where none is better."""
+    """The map with the ridge that is best on the rows held out; None where none is better."""
 
     def error(found: Tensor | float) -> float:
         made = x[held] @ found.T if isinstance(found, Tensor) and found.dim() == 2 else x[held] * found
@@ -62,7 +62,7 @@ def best(solve: Callable[..., Tensor], x: Tensor, r: Tensor, held: Tensor) -> Te
 
     errors = {ridge: error(solve(x[~held], r[~held], ridge)) for ridge in RIDGES}
     chosen = min(errors, key=lambda ridge: errors[ridge])
-    return solve(x, r, chosen) if errors[chosen] < float(r[held].square().sum()) else None
+    return solve(x[~held], r[~held], chosen) if errors[chosen] < float(r[held].square().sum()) else None
 
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

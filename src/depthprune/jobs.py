@@ -26,6 +26,7 @@ from depthprune.options import (
     OutOption,
     option,
 )
+from depthprune.plan import rank
 
 HOW_HELP = "How to win back what was lost: `refit`, `distill`, `refit+distill:tokens=8M`, …; `list recoverers`."
 RECOVER_DATA_HELP = (
@@ -89,6 +90,8 @@ def prune(
         )
     if recover != "none":
         _known((recover,))
+        if alone := [name for name in registry.ways(recover) if name.partition(":")[0] in FILLING]:
+            raise OptionError(f"--recover {alone[0]}: {FILLING_NEEDS}")
     with resumable(out, console):
         choice, calibration, common = options.settled(choice, calibration, common)
         options.check(choice, drop)
@@ -203,10 +206,16 @@ def compare(
     console.result(value, Group(*shown))
 
 
+FILLING = ("mean", "lstsq", "mse", "lm")
+FILLING_NEEDS = "this fills stand-ins, and prune makes none; use drop --stand-in bias (or lowrank:16), then recover"
+
+
 def _known(ways: Sequence[str], *stand_ins: str) -> None:
     """Refuse recoverers that do not exist, before a model is loaded."""
     for part in (part for way in ways for part in registry.ways(way)):
-        if part.partition(":")[0] not in stand_ins:
+        if part.partition(":")[0] in stand_ins:
+            rank(part)
+        else:
             registry.find("recoverers", part)
 
 
@@ -247,9 +256,11 @@ def recover(
     registry.find("forms", form)
     if not (folder / "plan.json").is_file():
         raise OptionError(f"{folder} has no plan.json: recover takes a folder that depthprune drop or prune wrote")
+    training = out.with_name(f".{out.name}.training")
+    if resume and training.exists() and (out / "recovery.json").is_file():
+        shutil.rmtree(out)  # written by the run that goes on now, and not proven
     if not (compare and (out / "recover.json").is_file()):
         place(out, folder=True)
-    training = out.with_name(f".{out.name}.training")
     if training.exists() and not (resume or compare):
         raise OptionError(f"{training} holds a training that was stopped: add --resume to go on with it, or delete it")
     from depthprune import dist
@@ -280,6 +291,7 @@ def recover(
         found = recovering.compare(model, dense, rows, ways, texts, asked, out, console)
         if dist.rank() > 0:
             return
+        kept.unlink(missing_ok=True)
         for row in found["rows"]:
             for line in row.get("warnings", ()):
                 console.warn(f"{row['how']}: {line}")

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from depthprune import sources, tables
+from depthprune import prompts, sources, tables
 from depthprune.console import Console
 from depthprune.data import Data, Mixture, apart, calibrate, check_vocabulary, overlap, warn_overlap
 from depthprune.errors import DataError, DepthpruneError, OptionError
@@ -34,6 +34,7 @@ from depthprune.stages import describe, evaluate, scores_json, speed, summarize
 from depthprune.surgery import drop
 
 MEANS = {"memory", "device", "bench", "place"}  # settings that change how a run is done and not what it finds
+RECOVERS = {"recover", "recover_data", "recover_sequences"}  # these may change until weights are recovered
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def prune(
     units = budget.candidates(model.layout, candidates(model.layout, unit, settings.protect))
     console.say(f"{describe(model)}; {len(units)} units may be dropped")
     data, text = _texts(settings, model, console)
+    rows = None if (out / "model").is_dir() else _rows_to_recover(settings, model, data, text, console)
     check_vocabulary(data, model.vocabulary)
     known = oracle(model, data, metric=settings.metric, units=units)  # data may lack what the metric measures
     console.say(f"choosing on {known.sequences} sequences of {data.name}")
@@ -130,7 +132,7 @@ def prune(
     console.say(f"dropping {plan.describe()}, measured {plan.why.get('evaluations')} variants")
     pair = {"dense": model, "pruned": drop(model, plan)}
     if not (out / "model").is_dir():
-        pair |= _recovered(settings, pair, data, text, out, console)
+        pair |= _recovered(settings, pair, rows, out, console, text)
         export([*pair.values()][-1], out / "model", settings.form)
     elif (out / "model" / "recovery.json").is_file():
         pair["recovered"] = reopen(load_as(replace(settings, model=str(out / "model"))), out / "model")
@@ -156,40 +158,58 @@ def prune(
     return _conclude(out, console)
 
 
-def _recovered(
-    settings: Settings,
-    pair: Mapping[str, Model],
-    data: Data | Mixture,
-    text: Windows,
-    out: Path,
-    console: Console,
-) -> dict[str, Model]:
-    """The model with its weights recovered on text that is not evaluated on; nothing where there is no such text."""
-    if settings.recover == "none" or not pair["pruned"].plan:
-        return {}
+def _asked_of(settings: Settings) -> Asked:
+    source = settings.recover_data or settings.data
+    return Asked(source, settings.recover_sequences, settings.length, settings.field, settings.seed, settings.memory)
+
+
+def _rows_to_recover(
+    settings: Settings, model: Model, data: Data | Mixture, text: Windows, console: Console
+) -> Data | None:
+    """Text to recover on that is not evaluated on; None where there is none, or weights are to stay.
+
+    What the model is to write itself is written once the rest is known to be good, so it is None here too.
+    Raises ``DataError`` where the source that was named for it is none.
+    """
+    if settings.recover == "none" or prompts.asked(settings.recover_data or ""):
+        return None
     if settings.recover_data is None and (isinstance(data, Mixture) or data.scored is not None):
         console.say(f"{data.name} is a task: give --recover-data TEXT to recover weights; without it nothing is")
-        return {}
-    source = settings.recover_data or settings.data
-    asked = Asked(source, settings.recover_sequences, settings.length, settings.field, settings.seed, settings.memory)
-    rows = text_of(asked, pair["dense"], console, out / "written.safetensors")
+        return None
+    return _apart(text_of(_asked_of(settings), model), text, console)
+
+
+def _apart(rows: Data | Mixture, text: Windows, console: Console) -> Data | None:
+    """The rows that share nothing with the evaluation text; None, and why, where these are too few."""
     if isinstance(rows, Mixture) or rows.scored is not None:
-        raise DataError(f"--recover-data {source} is a task; recovery reads plain text")
+        raise DataError(f"--recover-data {rows.name} is a task; recovery reads plain text")
     try:
         rows = apart(rows, text.data)
     except DataError as error:
         console.say(f"{error}, so nothing is recovered; give --text FILE or --recover-data TEXT")
-        return {}
+        return None
     if rows.sequences < 2:
         console.say(f"too little text in {rows.name} to recover weights on; give --recover-data TEXT")
+        return None
+    return rows
+
+
+def _recovered(
+    settings: Settings, pair: Mapping[str, Model], rows: Data | None, out: Path, console: Console, text: Windows
+) -> dict[str, Model]:
+    """The model with its weights recovered; nothing where there is no text for it, or nothing was cut."""
+    asked, written, folder = _asked_of(settings), out / "written.safetensors", out / "training"
+    if settings.recover != "none" and prompts.asked(asked.data):
+        rows = _apart(text_of(asked, pair["dense"], console, written), text, console)
+    plan = pair["pruned"].plan
+    if rows is None or plan is None or not plan.drop:
         return {}
     console.say(f"recovering weights: {settings.recover} on {rows.tokens_total:,} tokens of {rows.name}")
-    folder = out / "training"
     made = recovered(
         pair["pruned"], pair["dense"], rows, settings.recover, asked, console, folder=folder, resume=folder.is_dir()
     )
     shutil.rmtree(folder, ignore_errors=True)
-    (out / "written.safetensors").unlink(missing_ok=True)
+    written.unlink(missing_ok=True)
     return {"recovered": made}
 
 
@@ -288,7 +308,8 @@ def _examine(settings: Settings, out: Path, *, resume: bool, overwrite: bool) ->
     before = record.get("settings") if isinstance(record, dict) else None
     if not isinstance(before, dict):
         raise OptionError(f"--resume: {out / 'run.json'} is not that of a run; --overwrite starts again")
-    named = sorted(key for key in {*before, *asked} - MEANS if before.get(key) != asked.get(key))
+    free = MEANS if (out / "model").is_dir() else MEANS | RECOVERS
+    named = sorted(key for key in {*before, *asked} - free if before.get(key) != asked.get(key))
     if named:
         differ = ", ".join(f"{key} was {before.get(key)!r}, now {asked.get(key)!r}" for key in named)
         raise OptionError(f"--resume: {out} was started with other settings: {differ}")
@@ -296,7 +317,10 @@ def _examine(settings: Settings, out: Path, *, resume: bool, overwrite: bool) ->
 
 def _spare(settings: Settings, out: Path) -> None:
     """Refuse to replace a folder that the run is to read from."""
-    texts = [source.path for text in (settings.data, settings.text) if text for source in sources.parse(text)]
+    read = [settings.data, settings.text, settings.recover_data]
+    if settings.recover_data and prompts.asked(settings.recover_data):
+        read[-1] = prompts.settings_of(settings.recover_data).prompts
+    texts = [source.path for text in read if text for source in sources.parse(text)]
     folder = out.resolve()
     for given in (settings.model, settings.tokenizer, *texts):
         path = Path(given or "").expanduser()

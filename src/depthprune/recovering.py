@@ -146,8 +146,8 @@ def compare(
     """Recover in several ways from the same cut, and measure all on the same texts.
 
     Every row is kept in ``recover.json`` of the folder ``out`` as soon as it is there, so that the same command goes on
-    where it was stopped. A way that fails has its error as a row. Raises ``OptionError`` where the folder holds another
-    comparison.
+    where it was stopped. A way that fails has its error as a row, and is tried again when asked again.
+    Raises ``OptionError`` where the folder holds another comparison.
     """
     plan = model.plan
     assert plan is not None
@@ -167,6 +167,7 @@ def compare(
     else:
         value |= {"data": data.describe(), "base": measure({"dense": teacher, "pruned": model}, texts, console)}
         _keep(out, value)
+    value["rows"] = [row for row in value["rows"] if "error" not in row or row["how"] not in ways]
     for how in ways:
         if any(row["how"] == how for row in value["rows"]):
             continue

@@ -97,6 +97,7 @@ def summarize(out: Path) -> dict[str, Any]:
     dense, pruned = measured[0], measured[-1]
     summary: dict[str, Any] = {
         "drop": [str(unit) for unit in plan.drop],
+        "result": pruned["name"],
         "evaluations": plan.why.get("evaluations"),
         "perplexity": [dense["perplexity"], pruned["perplexity"]],
         "parameters": [dense["parameters"], pruned["parameters"]],

@@ -106,7 +106,7 @@ def drop(model: Model, plan: Plan) -> Model:
                 own = Reference(model.reference.id, model.reference.revision, len(layout.blocks), fingerprint(net))
                 kept = [index for index in range(len(model.layout.blocks)) if index not in whole - shells]
                 plan = noted(plan, placement, layout.path, kept)
-                return replace(model, net=net, layout=layout, reference=own, plan=plan)
+                return replace(model, recovery=None, net=net, layout=layout, reference=own, plan=plan)
         if not placement.flags:
             break
     raise LayoutError(f"{plan.describe()} cannot be dropped from {type(model.net).__name__}: {reason}")

@@ -187,7 +187,7 @@ def conclusion(summary: Mapping[str, Any], out: Path, page: Path, *, passed: boo
         "prefill_ms": "prefill, ms",
         "decode_ms_per_token": "decode, ms per token",
     }
-    lines = [f"{'':26}{'dense':>14}{'pruned':>14}{'ratio':>9}"]
+    lines = [f"{'':26}{'dense':>14}{summary.get('result', 'pruned'):>14}{'ratio':>9}"]
     for key, name in names.items():
         if key in summary:
             before, after = summary[key]

@@ -53,6 +53,7 @@ class Expected:
     stepping_gap: float
     parameters: int | None
     dtype: str = "float32"  # in which the reference was computed
+    reference: str = "the dense model without those units"
     places: Mapping[str, Any] | None = None  # where a fresh process is to put the weights of a model too large for it
 
 
@@ -65,7 +66,7 @@ def expect(dense: Model, plan: Plan) -> Expected:
 
 def expect_as_it_is(model: Model) -> Expected:
     """Measure the reference on a model as it is in memory: what its folder has to reproduce once weights changed."""
-    return _expected(model, _answers(model), model.parameters)
+    return replace(_expected(model, _answers(model), model.parameters), reference="the model in memory")
 
 
 @torch.no_grad()
@@ -83,7 +84,7 @@ def _expected(model: Model, tensors: Mapping[str, Tensor], parameters: int) -> E
     generated = prove.generation_gap(model.net, tokens) or 0.0
     stepped = prove.stepping_gap(model.net, tokens) or 0.0
     dtype = str(next(model.net.parameters()).dtype).removeprefix("torch.")
-    return Expected(tensors, generated, stepped, parameters, dtype, _places(model))
+    return Expected(tensors, generated, stepped, parameters, dtype, places=_places(model))
 
 
 def _places(model: Model) -> dict[str, Any] | None:
@@ -216,10 +217,9 @@ def _judge(item: Mapping[str, Any], result: Mapping[str, Any], expected: Expecte
             Proof(f"parameters ({how})", same, f"{result['parameters']:,} of {expected.parameters:,} planned")
         )
     if "gap" in result:
+        reference = expected.reference if expected is not None else "the reference"
         passed = result["gap"] <= allowed
-        proofs.append(
-            Proof(f"logits ({how})", passed, f"largest gap to the dense model without those units {result['gap']:.2g}")
-        )
+        proofs.append(Proof(f"logits ({how})", passed, f"largest gap to {reference} {result['gap']:.2g}"))
     cached = [("cached generation", result["generation_gap"], expected.generation_gap if expected else 0.0)]
     if expected is not None:  # some intact models need positions in every step, so without one nothing can be said
         cached.append(("cached decoding, step by step", result["stepping_gap"], expected.stepping_gap))

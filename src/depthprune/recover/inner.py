@@ -64,7 +64,7 @@ def fit_inner(both: Pair, own: Ends, path: str, unit: str, most: int) -> dict[st
         residual, x = missing(batch)
         residuals[batch] = put(residual)
         sums[held] += residual.square().sum(dtype=torch.float64)
-        moments += x.T @ x
+        moments += 0 if held else x.T @ x
     moments = total(moments)
     moments += torch.diag((DAMPING * moments.diagonal().mean()).expand(len(moments)))
     factor, info = torch.linalg.cholesky_ex(moments)

@@ -55,7 +55,7 @@ class Normal:
         self._error[held] += residual.square().sum(dtype=torch.float64)
 
     def solve(self, what: str, rank: int = 0) -> Fit:
-        """The map that removes most of the held-out error, fitted again on all rows with the ridge that was best.
+        """The map whose ridge removes most of the held-out error; the rows held out are not fitted to.
 
         ``rank`` above 0 asks for the best map of that rank (reduced-rank regression).
 
@@ -67,15 +67,14 @@ class Normal:
                 f"{what}: activations are not finite (NaN or infinite) on this text, so nothing can be fitted; "
                 "try --dtype float32, and check that the model is whole"
             )
-        best, ridge = 0.0, 0.0
-        for tried in RIDGES:
-            found = self._map(a[0], r[0], tried, rank)
+        best, fit = 0.0, Fit(None, 0.0, 0.0)
+        for ridge in RIDGES:
+            found = self._map(a[0], r[0], ridge, rank)
             if found is not None:
                 gain = float(2 * (found * r[1]).sum() - (self._times(found, a[1]) * found).sum())
                 if gain > best:
-                    best, ridge = gain, tried
-        found = self._map(a[0] + a[1], r[0] + r[1], ridge, rank) if best > 0 else None
-        return Fit(found, ridge, best / float(error[1]) if found is not None else 0.0)
+                    best, fit = gain, Fit(found, ridge, gain / float(error[1]))
+        return fit
 
     def _times(self, found: Tensor, a: Tensor) -> Tensor:
         return found * a if self.diagonal else found @ a
