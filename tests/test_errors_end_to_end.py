@@ -162,6 +162,7 @@ DATA = {
     "binary.txt": "binary.txt: not UTF-8 at byte 128",
     "text.txt=many": "there is no file 'text.txt=many', and 'many' is no weight for 'text.txt'",
     "text.txt,": "an empty name in the data mixture",
+    "self:text.txt": "'self:text.txt' is text that a model writes itself, only for `recover --data`",
     "hub:some/data:x:train": "hub:some/data:x:train: cannot be loaded (HF_HUB_OFFLINE is set)",
 }
 

@@ -175,6 +175,8 @@ def split(document: Iterable[str], size: int) -> Iterator[str]:
 def _part(text: str) -> tuple[str, float | None]:
     if not text:
         raise DataError("an empty name in the data mixture; write it like a.txt=0.7,b.jsonl=0.3")
+    if text.startswith("self:"):
+        raise DataError(f"{text!r} is text that a model writes itself, only for `recover --data` and `--recover-data`")
     path, equals, number = text.rpartition("=")
     is_option = text.startswith(TASK) and _OPTION.search(text.removeprefix(TASK)) is not None
     if not equals or is_option or _exists(text.removeprefix(TASK)):
