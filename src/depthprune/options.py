@@ -93,7 +93,8 @@ class Calibration:
     """How calibration text is read."""
 
     sequences: Annotated[
-        int | None, option("--sequences", "Sequences of text, or questions of a task; default: 64, and for recover more.", least=1)
+        int | None,
+        option("--sequences", "Sequences of text, or questions of a task; default: 64, and for recover more.", least=1),
     ] = None
     length: Annotated[int | None, option("--length", "Tokens of a calibration sequence; default: 512.", least=2)] = None
     field: Annotated[str, option("--field", "Field of JSONL and Parquet rows; `prompt+response` joins two.")] = "text"
