@@ -188,6 +188,7 @@ def main() -> None:
     parser.add_argument("--table-tokens", default=None, help="of text for the table of ways")
     parser.add_argument("--training", nargs="*", default=None, help="tokens to train on")
     parser.add_argument("--cuts", nargs="+", default=list(LARGE), help="cuts of the part `large`")
+    parser.add_argument("--distill", default=TRAINING["distill"], help="how the part `training` distills")
     parser.add_argument("--plans", help="cuts that were chosen before, as JSON")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
@@ -196,6 +197,7 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--out", default="recover.json")
     arguments = parser.parse_args()
+    TRAINING["distill"] = arguments.distill
     small = arguments.model is None
     arguments.model = arguments.model or str(demo.unpack())
     arguments.tokens = arguments.tokens or ("32k" if small else "1M")
