@@ -47,7 +47,13 @@ TABLES: dict[str, dict[str, str]] = {
         "lora": "depthprune.recover.lora:lora",
         "distill": "depthprune.recover.distill:distill",
     },
-    "forms": {"hf": "depthprune.export.hf:write", "plain": "depthprune.export.hf:plain"},
+    "forms": {
+        "hf": "depthprune.export.hf:write",
+        "plain": "depthprune.export.hf:plain",
+        "nemotron-nas": "depthprune.export.nemotron_nas:write",
+        "gguf": "depthprune.export.gguf:write",
+        "zeroed": "depthprune.export.zeroed:write",
+    },
 }
 
 # Metrics that can be measured of whole plans, not only of single units, and the selectors that need one of these.

@@ -122,7 +122,7 @@ def _cut(
     blocks = blocks_of(net, layout)
     taken = {index for index, names in gone.items() if names is None} - shells
     kept = [index for index in range(len(blocks)) if index not in taken]
-    before = _unmark(text)
+    before = unmark(text)
     if taken:
         if before["skip"] and int(before["tombstone"].partition(".")[0]) in taken:
             return net, "the block with its tombstone cannot go"
@@ -219,7 +219,7 @@ def _joined(before: Spec, now: Spec) -> Spec:
     }
 
 
-def _unmark(text: Any) -> Spec:
+def unmark(text: Any) -> Spec:
     """Take from a configuration what an earlier cut said, so that it is that of a whole model again."""
     nothing = {"skip": {}, "kinds": {}, "stand_in": {}, "no_cache": [], "tombstone": ""}
     spec: Spec = nothing | (vars(text).pop("depthprune", None) or {})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from depthprune.export.check import Proof, check, check_many, expect, expect_as_it_is
+from depthprune.export.check import check, check_many, expect, expect_as_it_is
+from depthprune.export.proof import Proof
 from depthprune.export.write import export
 
 __all__ = ["Proof", "check", "check_many", "expect", "expect_as_it_is", "export"]

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from depthprune.errors import CheckpointError, DepthpruneError
 from depthprune.export import prove
+from depthprune.export.diagnose import diagnose, inferred
+from depthprune.export.proof import Proof as Proof
 from depthprune.files import read_json
 from depthprune.model import Model, auto_name
 from depthprune.offload import all_on_disk, offloaded
@@ -29,19 +31,6 @@ from depthprune.surgery import without
 TOLERANCE = 1e-4  # of the largest logit, in float32
 COARSE = 2e-2  # of the largest logit, in half precision
 SHAPE = (2, 24)
-
-
-@dataclass(frozen=True)
-class Proof:
-    """One thing that was checked, whether it held, and what was seen."""
-
-    name: str
-    passed: bool
-    detail: str
-
-    def to_json(self) -> dict[str, Any]:
-        """The proof as plain values for ``check.json``."""
-        return vars(self).copy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,24 +107,39 @@ def longer(model: Model) -> Tensor | None:
 
 
 def check(
-    path: str | Path, against: Model | None = None, *, expected: Expected | None = None, device: str = "cpu"
+    path: str | Path,
+    against: Model | None = None,
+    *,
+    expected: Expected | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> list[Proof]:
     """Prove a folder: names and shapes, logits against the dense model with the plan applied, cached generation.
 
-    Plain folders are loaded by stock transformers without depthprune; uneven ones with ``trust_remote_code``, and again
-    after ``import depthprune``. Without a dense model the logits are not compared, nor where weights were recovered.
-    Raises ``CheckpointError`` where the folder is no model.
+    What its files say is wrong comes first (``diagnose.py``), so that folders of other tools can be looked at too; the
+    plan of a folder without one is what its weights say. Plain folders are loaded by stock transformers without
+    depthprune; uneven ones with ``trust_remote_code``, and again after ``import depthprune``; folders with code of
+    their own run it only if ``trust_remote_code``. Without a dense model the logits are not compared, nor where weights
+    were recovered. Raises ``CheckpointError`` where the folder is no model.
     """
     path = Path(path)
+    found = diagnose(path, against)
+    if not (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        return found  # another tool's, and nothing can load it
     if against is not None:
-        expected = expect(against, Plan.load(path / "plan.json"))
-        if (path / "recovery.json").is_file():  # other weights than the dense model's, in the same structure
+        plan = Plan.load(path / "plan.json") if (path / "plan.json").is_file() else inferred(path, against)
+        expected = None if plan is None else expect(against, plan)
+        if (
+            expected is not None and (path / "recovery.json").is_file()
+        ):  # other weights than the dense model's, in the same structure
             expected = replace(expected, tensors={"tokens": expected.tensors["tokens"]})
         device = str(against.device)
-    return check_many({path: expected}, device=device)[path]
+    return found + check_many({path: expected}, device=device, trust_remote_code=trust_remote_code)[path]
 
 
-def check_many(folders: Mapping[Path, Expected | None], *, device: str = "cpu") -> dict[Path, list[Proof]]:
+def check_many(
+    folders: Mapping[Path, Expected | None], *, device: str = "cpu", trust_remote_code: bool = False
+) -> dict[Path, list[Proof]]:
     """Prove several folders in one fresh process."""
     with tempfile.TemporaryDirectory(prefix="depthprune-") as scratch:
         request: list[dict[str, Any]] = []
@@ -147,7 +151,7 @@ def check_many(folders: Mapping[Path, Expected | None], *, device: str = "cpu") 
                 save_file(tensors, file)
             except SafetensorError as error:
                 raise DepthpruneError(f"cannot write a probe into {scratch}: {error}") from None
-            for route in routes(config):
+            for route in routes(config, trust_remote_code):
                 item = {"path": str(path), "auto": auto_name(config), "route": route, "probe": str(file)}
                 dtype = expected.dtype if expected is not None else "float32" if device == "cpu" else _dtype(config)
                 places = None if expected is None else expected.places
@@ -162,10 +166,15 @@ def check_many(folders: Mapping[Path, Expected | None], *, device: str = "cpu") 
     return proofs
 
 
-def routes(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """How a folder is meant to be loaded: plainly, or (uneven ones) as remote code and with depthprune imported."""
+def routes(config: Mapping[str, Any], trusted: bool = False) -> tuple[str, ...]:
+    """How a folder is meant to be loaded: plainly, or (uneven ones) as remote code and with depthprune imported.
+
+    A folder with code of somebody else is loaded with that code where it is trusted.
+    """
     text = config.get("text_config", config)
-    return ("remote", "aware") if text.get("depthprune") or config.get("depthprune") else ("plain",)
+    if text.get("depthprune") or config.get("depthprune"):
+        return ("remote", "aware")
+    return ("remote",) if trusted and config.get("auto_map") else ("plain",)
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -205,7 +214,8 @@ _HOW = {"plain": "plain transformers", "remote": "trust_remote_code", "aware": "
 def _judge(item: Mapping[str, Any], result: Mapping[str, Any], expected: Expected | None) -> list[Proof]:
     how = _HOW[item["route"]]
     if "error" in result:
-        return [Proof(f"loads with {how}", False, str(result["error"]))]
+        name = f"{result['stage']} ({how})" if result.get("stage") else f"loads with {how}"
+        return [Proof(name, False, str(result["error"]))]
     wrong = {key: result[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if result[key]}
     detail = "; ".join(f"{len(names)} {key.replace('_', ' ')}, such as {names[0]}" for key, names in wrong.items())
     proofs = [Proof(f"loads with {how}", not wrong, detail or "no missing, unexpected or mismatched keys")]

@@ -7,6 +7,7 @@ folder with ``per_layer_config`` skips in its configuration and a small modellin
 
 from __future__ import annotations
 
+import copy
 import inspect
 import shutil
 from pathlib import Path
@@ -25,8 +26,10 @@ from depthprune.files import new_folder, place, write_json
 from depthprune.layout import blocks_of
 from depthprune.model import Model, auto_name
 from depthprune.offload import hold, offloaded
+from depthprune.surgery import unmark
 
 MODELLING = "modeling_depthprune"
+ARCHITECTURE = "DepthpruneForCausalLM"
 
 
 def uneven(model: Model) -> bool:
@@ -42,7 +45,7 @@ def write(model: Model, path: str | Path) -> Path:
     transformers cannot save the model.
     """
     path = place(path, folder=True)
-    _room(model, path)
+    room(model, path)
     net, config = model.net, model.net.config
     changed = ("dtype", "auto_map", "architectures")
     before = {name: vars(config)[name] for name in changed if name in vars(config)}
@@ -55,16 +58,11 @@ def write(model: Model, path: str | Path) -> Path:
                     _block_by_block(model, folder)
                 else:
                     net.save_pretrained(folder, state_dict=_state(net, model.dtype))
+            if uneven(model) and auto_name(config.to_dict()) == "AutoModelForCausalLM":
+                config.architectures = [ARCHITECTURE]  # which vLLM knows once depthprune is installed, and only then
             config.dtype = model.dtype  # where transformers has put the type that the network computes in
             config.save_pretrained(folder)
-            if model.tokenizer is not None:
-                model.tokenizer.save_pretrained(folder)
-            if model.plan is not None:
-                model.plan.save(folder / "plan.json")
-            if model.recovery is not None:
-                write_json(folder / "recovery.json", model.recovery)
-            for file in folder.iterdir():  # safetensors makes files that only their owner can read
-                file.chmod((folder / "config.json").stat().st_mode)
+            companions(model, folder)
     except SafetensorError as error:
         raise ExportError(f"cannot write the weights to {path}: {error}") from None
     finally:
@@ -72,6 +70,26 @@ def write(model: Model, path: str | Path) -> Path:
             vars(config).pop(name, None)
         vars(config).update(before)
     return path
+
+
+def companions(model: Model, folder: Path) -> None:
+    """Write what lies beside the weights: the tokenizer, the plan, and what was recovered."""
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(folder)
+    if model.plan is not None:
+        model.plan.save(folder / "plan.json")
+    if model.recovery is not None:
+        write_json(folder / "recovery.json", model.recovery)
+    for file in folder.iterdir():  # safetensors makes files that only their owner can read
+        file.chmod((folder / "config.json").stat().st_mode)
+
+
+def whole_config(model: Model) -> Any:
+    """The configuration of the stock architecture, without what it says of missing sublayers."""
+    config = copy.deepcopy(model.net.config)
+    unmark(config.get_text_config(decoder=True))
+    vars(config).pop("auto_map", None)
+    return config
 
 
 def plain(model: Model, path: str | Path) -> Path:
@@ -89,7 +107,8 @@ def plain(model: Model, path: str | Path) -> Path:
     return write(model, path)
 
 
-def _room(model: Model, path: Path) -> None:
+def room(model: Model, path: Path) -> None:
+    """Raise ``ExportError`` where the disk has no room for a model."""
     place = path.absolute()
     while not place.exists():
         place = place.parent
@@ -144,8 +163,8 @@ def _written(net: Any, block: Any, prefix: str, dtype: torch.dtype, file: Path) 
 def _modelling(net: Any, folder: Path) -> dict[str, str]:
     """Write the modelling file of an uneven model, and say which of its classes is for which Auto class."""
     classes = {
-        auto_name(net.config.to_dict() | {"architectures": [type(net).__name__]}): _stock(net),
-        "AutoModel": _stock(net.base_model),
+        auto_name(net.config.to_dict() | {"architectures": [type(net).__name__]}): stock(net),
+        "AutoModel": stock(net.base_model),
     }
     lines = [inspect.getsource(skip).rstrip(), ""]
     for kind in dict.fromkeys(classes.values()):
@@ -170,7 +189,7 @@ def _modelling(net: Any, folder: Path) -> dict[str, str]:
     return {name: f"{MODELLING}.{kind.__name__}" for name, kind in classes.items()}
 
 
-def _stock(net: Any) -> type:
+def stock(net: Any) -> Any:
     """The class of transformers behind a model, which may be of a class that came with a checkpoint."""
     for kind in type(net).__mro__:
         if kind.__module__.startswith("transformers.models."):

@@ -85,7 +85,7 @@ def examine(item: dict[str, Any]) -> dict[str, Any]:
     """Load one folder as its route says and measure it."""
     if item["route"] == "aware":
         importlib.import_module("depthprune")
-    options: dict[str, Any] = {"trust_remote_code": True} if item["route"] == "remote" else {}
+    options: dict[str, Any] = {"trust_remote_code": item["route"] == "remote"}
     if item["places"]:
         scratch = str(Path(item["probe"]).with_suffix(".offload"))  # in the folder of the request, which goes
         places = {name: place if place == "disk" else item["device"] for name, place in item["places"].items()}
@@ -96,6 +96,7 @@ def examine(item: dict[str, Any]) -> dict[str, Any]:
             item["path"], dtype=getattr(torch, item["dtype"]), output_loading_info=True, **options
         )
     net = net.eval() if item["places"] else net.eval().to(item["device"])
+    item["stage"] = "a forward"  # what is said of an error from here on
     probe = load_file(item["probe"])
     tokens = probe["tokens"].to(item["device"])
     logits = net(tokens, use_cache=False).logits
@@ -109,6 +110,7 @@ def examine(item: dict[str, Any]) -> dict[str, Any]:
     if "long" in probe:
         late = late_logits(net, probe["long"].to(item["device"]))
         result["gap"] = max(result["gap"], (late - probe["late_logits"]).abs().max().item())
+    item["stage"] = "cached generation"
     result["generation_gap"] = generation_gap(net, tokens)
     result["stepping_gap"] = stepping_gap(net, tokens)
     return result
@@ -127,7 +129,8 @@ def main() -> None:
             except torch.OutOfMemoryError:  # the process that asks holds the dense model; a CPU is slow but has room
                 result = examine({**item, "device": "cpu"})
         except Exception as error:  # whatever the loader says is the finding
-            result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            result = {"error": text, "stage": item.get("stage", "")}
         print(json.dumps(result), flush=True)
 
 

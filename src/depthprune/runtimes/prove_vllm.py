@@ -1,0 +1,56 @@
+"""What vLLM makes of a folder. Run as a script by the Python that has it; imports nothing of depthprune.
+
+Reads a request (JSON) from its first argument, ``{"path": …, "prompt": […], "text": […], "dtype": …, …}``, and prints
+one line, ``{"depthprune": {"version": …, "logprobs": […], "generated": […], "kv_layers": n}}``.
+"""
+
+import json
+import os
+import sys
+from typing import Any
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Load the folder, score the text, and continue the prompt greedily."""
+    import vllm
+
+    text, prompt = request["text"], request["prompt"]
+    llm = vllm.LLM(
+        request["path"],
+        dtype=request["dtype"],
+        max_model_len=len(text) + 1,
+        max_num_seqs=1,
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        trust_remote_code=request.get("trust_remote_code", False),
+        seed=0,
+        **request.get("options", {}),
+    )
+    scoring = vllm.SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False, ignore_eos=True)
+    [scored] = llm.generate([{"prompt_token_ids": text}], scoring, use_tqdm=False)
+    logprobs = [step[token].logprob for step, token in zip(scored.prompt_logprobs[1:], text[1:], strict=True)]
+    greedy = vllm.SamplingParams(temperature=0, max_tokens=len(text) - len(prompt), detokenize=False, ignore_eos=True)
+    [continued] = llm.generate([{"prompt_token_ids": prompt}], greedy, use_tqdm=False)
+    [spec] = llm.collective_rpc("get_kv_cache_spec")
+    generated = list(continued.outputs[0].token_ids)
+    version = f"vllm {vllm.__version__}"
+    return {"version": version, "logprobs": logprobs, "generated": generated, "kv_layers": len(spec)}
+
+
+def main() -> None:
+    """Answer the request; what the loader says is an answer too."""
+    with open(sys.argv[1], encoding="utf-8") as file:
+        request = json.load(file)
+    try:
+        found = answer(request)
+    except Exception as error:
+        found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    print(json.dumps({"depthprune": found}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
