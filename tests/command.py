@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import tiny_text
-from depthprune import cli, hub, pruning
+from depthprune import cli, hub, runtimes
 from depthprune.export import Proof
 from families import tiny
 
@@ -73,7 +73,7 @@ class _Held(dict[Path, list[Proof]]):
 @pytest.fixture
 def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip the fresh process."""
-    monkeypatch.setattr(pruning, "check_many", hold)
+    monkeypatch.setattr(runtimes, "check_many", hold)
 
 
 @pytest.fixture

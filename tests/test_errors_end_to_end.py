@@ -212,7 +212,7 @@ USAGE = {
     "--form plain --drop 1_mlp": "--form plain holds whole blocks only: add --unit block",
     "--select gredy": "unknown selector 'gredy'. Did you mean 'greedy'?",
     "--select greedy:exact=maybe": "greedy:exact is true or false, not 'maybe'",
-    "--form gguf": "unknown form 'gguf'. Available: hf",
+    "--form ggml": "unknown form 'ggml'. Available: gguf, hf, nemotron-nas, plain, zeroed",
     "--recover lore": "unknown recoverer 'lore'. Did you mean 'lora'? Available: distill, full, linear, lm, lora, "
     "lstsq, mean, mse, refit, scale, tail",
     "--recover refit+mean": "--recover mean: this fills stand-ins, and prune makes none; use drop --stand-in bias",

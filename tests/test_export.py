@@ -141,7 +141,7 @@ def test_the_check_reads_the_plan_of_the_folder(subject: Callable[..., Model], t
     assert all(proof.passed for proof in proofs) and len(proofs) == 10
     assert proofs[0].to_json() == {"name": proofs[0].name, "passed": True, "detail": proofs[0].detail}
     other = check(folder, against=subject("llama", 1))
-    assert [proof.name.split()[0] for proof in other if not proof.passed] == ["logits", "logits"]
+    assert [proof.name.split()[0] for proof in other if not proof.passed] == ["weights", "logits", "logits"]
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from command import copy, run
 from command import hold as assumed
 from cuts import cut, rows
 from cuts import repair as repair_of
-from depthprune import offload, recovering
+from depthprune import offload, runtimes
 from depthprune.discover import find_stack
 from depthprune.errors import DepthpruneError, OptionError
 from depthprune.evaluate import Windows, perplexity
@@ -215,7 +215,7 @@ def test_the_commands_take_models_larger_than_memory(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(recovering, "check_many", assumed)
+    monkeypatch.setattr(runtimes, "check_many", assumed)
     Path("text.txt").write_text(" ".join(f"w{number * 7 % 90}" for number in range(2000)), encoding="utf-8")
     place, model = ("--device", "cpu", "--place", f"auto:cpu={4 * 3072 + 30000}"), folders["llama"]
     hf.write(cut(on_disk(model), "2"), "cut")

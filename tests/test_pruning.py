@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from command import SMALL, furnish, hold, interrupt, leftovers, run
-from depthprune import oracle, planning, pruning, stages
+from depthprune import oracle, planning, pruning, runtimes, stages
 from depthprune.export import Proof, hf
 from depthprune.plan import Plan
 from depthprune.recover import closed
@@ -149,7 +149,7 @@ def test_a_failed_proof_is_the_exit_code(desk: Path, monkeypatch: pytest.MonkeyP
     def fail(folders: dict[Path, Any], **_: Any) -> dict[Path, list[Proof]]:
         return {folder: [Proof("logits", False, "they differ by 3")] for folder in folders}
 
-    monkeypatch.setattr(pruning, "check_many", fail)
+    monkeypatch.setattr(runtimes, "check_many", fail)
     done = run(*RUN, "--out", "run", "--no-bench")
     assert done.code == 1 and "FAILED, see the report" in done.out and "FAIL logits: they differ by 3" in done.err
     assert "they differ by 3" in Path("run/report.html").read_text()
@@ -316,7 +316,7 @@ MOMENTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "cutting": (pruning, "drop", interrupt),
     "recovering": (closed, "fit_inner", interrupt),
     "writing": (hf, "_state", interrupt),
-    "proving": (pruning, "check_many", interrupt),
+    "proving": (runtimes, "check_many", interrupt),
     "evaluating": (stages, "perplexity", interrupt),
     "timing": (stages, "bench", interrupt),
     "reporting": (pruning, "report", interrupt),
@@ -373,7 +373,7 @@ def test_a_real_process_that_is_stopped_while_it_searches(
     assert ("error: stopped; the same command with --resume finishes run\n" in err) == (sent == signal.SIGINT)
     assert not Path("run/check.json").exists()
     kept = memo.read_text().splitlines()[:2]
-    monkeypatch.setattr(pruning, "check_many", hold)
+    monkeypatch.setattr(runtimes, "check_many", hold)
     assert run(*RUN, "--out", "run", "--resume").code == 0 and not leftovers(desk)
     assert memo.read_text().splitlines()[:2] == kept
     assert Path("run/plan.json").read_text() == (finished / "run" / "plan.json").read_text()

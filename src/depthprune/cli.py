@@ -20,7 +20,7 @@ from depthprune import (
 )
 from depthprune.console import Console, die, interruptible, no_memory
 from depthprune.errors import BudgetError, DepthpruneError, OptionError, PlanError, unknown
-from depthprune.files import place, write_json, write_text
+from depthprune.files import place, write_json
 from depthprune.options import (
     Calibration,
     Choice,
@@ -152,13 +152,20 @@ def drop(
     asked = asked if stand_in is None else with_stand_ins(asked, stand_in)
     place(out, folder=True)
     made = options.load(model, common, loading)
-    from depthprune.export import check_many, expect, write
+    from depthprune.export import expect, write
+    from depthprune.runtimes import prove_written
     from depthprune.surgery import drop as cut
 
     smaller = cut(made, asked)
     write.export(smaller, out, form)
-    proofs = check_many({out: expect(made, smaller.plan or asked)}, device=str(made.device))[out]
+    proofs = prove_written(out, smaller, expect(made, smaller.plan or asked), console.say)
     _judge(console, proofs, f"{asked.describe()} dropped; written to {out}")
+
+
+RUNTIME_HELP = (
+    "Where to run it: transformers (the default), vllm, llama.cpp, mlx; may be given several times. `vllm=PATH` names "
+    "the Python that has it, as does DEPTHPRUNE_VLLM (_LLAMA, _MLX) in the environment."
+)
 
 
 @options.command(options.app)
@@ -168,13 +175,24 @@ def check(
     loading: Loading,
     common: Common,
     against: Annotated[str | None, option("--against", "The dense model that the folder's plan.json is for.")] = None,
+    runtime: Annotated[list[str] | None, option("--runtime", RUNTIME_HELP)] = None,
 ) -> None:
-    """Prove that a folder loads, runs, and means what its plan says."""
+    """Prove that a folder loads, runs, and means what its plan says; in the runtimes that serve it, too.
+
+    A folder that another tool wrote is examined for what such folders get wrong: blocks that come up random, lists that
+    do not follow the blocks, cache slots of blocks that are gone.
+    """
+    from depthprune import runtimes
     from depthprune.export import check as examine
     from depthprune.model import where
 
+    wanted = runtime or (["transformers"] if "transformers" in runtimes.readers(folder) else ["llama.cpp"])
+    others = [name for name in wanted if name != "transformers"]
     dense = None if against is None else options.load(against, common, loading)
-    _judge(console, examine(folder, dense, device=where(common.device or "cpu")), f"{folder}:")
+    proofs = [] if wanted == others else examine(folder, dense, device=where(common.device or "cpu"))
+    if others:
+        proofs = proofs + runtimes.prove_asked(folder, others, dense, loading.trust_remote_code)
+    _judge(console, proofs, f"{folder}:")
 
 
 def _judge(console: Console, proofs: Any, title: str) -> None:
@@ -242,15 +260,18 @@ def export(
     common: Common,
     form: FormOption = "hf",
 ) -> None:
-    """Write a model again in another form, with its plan."""
+    """Write a model again in another form, with its plan, and prove it where that form runs."""
     registry.find("forms", form)
     place(out, folder=True)
-    from depthprune.export import export as write
+    from depthprune import recovering
+    from depthprune.export import expect_as_it_is, write
+    from depthprune.runtimes import prove_written
 
-    write(options.load(folder, common, loading), out, form)
-    if (plan := Path(folder) / "plan.json").is_file():
-        write_text(out / plan.name, plan.read_text(encoding="utf-8"))
-    console.result({"path": str(out)}, f"written to {out}")
+    made = options.load(folder, common, loading)
+    if (Path(folder) / "plan.json").is_file():
+        made = recovering.reopen(made, Path(folder))
+    write.export(made, out, form)
+    _judge(console, prove_written(out, made, expect_as_it_is(made), console.say), f"written to {out}")
 
 
 @options.command(options.app)

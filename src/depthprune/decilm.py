@@ -19,7 +19,7 @@ class Part(dict):  # type: ignore[type-arg]
             raise AttributeError(name) from None
 
 
-class DeciLMConfig(LlamaConfig):
+class DeciLMConfig(LlamaConfig):  # type: ignore[no-untyped-call]
     """A Llama's configuration with one entry for each block that says what it has."""
 
     model_type = "nemotron-nas"

@@ -96,9 +96,9 @@ def prune(
         choice, calibration, common = options.settled(choice, calibration, common)
         options.check(choice, drop)
         registry.find("forms", form)
-        from depthprune import pruning
+        from depthprune import claim, pruning
 
-        settings = pruning.Settings(
+        settings = claim.Settings(
             model=model,
             drop=drop,
             data=data,
@@ -303,7 +303,7 @@ def recover(
         )
     if dist.rank() > 0:
         return
-    proofs = recovering.write(made, out, form)
+    proofs = recovering.write(made, out, form, console.say)
     kept.unlink(missing_ok=True)
     if made.recovery is None:
         console.result(

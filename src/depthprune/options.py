@@ -194,7 +194,11 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 DataOption = Annotated[str, option("--data", DATA_HELP)]
 DropOption = Annotated[str, option("--drop", DROP_HELP)]
 OutOption = Annotated[Path, option("--out", "Where to write the result.")]
-FormOption = Annotated[str, option("--form", "The form to write: `hf`, or `plain` (whole blocks only).")]
+FORM_HELP = (
+    "The form to write: `hf`; `plain` (whole blocks only); `nemotron-nas` (vLLM, MLX-LM, …; Llama-shaped models); "
+    "`gguf` (llama.cpp; `gguf:type=q4_k_m`); `zeroed` (the dense shape, saves nothing)."
+)
+FormOption = Annotated[str, option("--form", FORM_HELP)]
 
 
 def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:

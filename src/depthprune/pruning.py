@@ -8,69 +8,30 @@ that was stopped at any moment goes on where it was.
 
 from __future__ import annotations
 
-import os
-import shlex
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from depthprune import prompts, sources, tables
+from depthprune import prompts, tables
+from depthprune.claim import Settings, claim, examine
 from depthprune.console import Console
 from depthprune.data import Data, Mixture, apart, calibrate, check_vocabulary, overlap, warn_overlap
 from depthprune.errors import DataError, DepthpruneError, OptionError
 from depthprune.evaluate import Windows, fits, windows
-from depthprune.export import check_many, expect, expect_as_it_is, export
-from depthprune.files import place, read_json, why, write_json
+from depthprune.export import expect, expect_as_it_is, export
+from depthprune.files import read_json, write_json
 from depthprune.mixed import AnyOracle, oracle
 from depthprune.model import Model, load
 from depthprune.plan import Plan
 from depthprune.planning import candidates, choose, protected, settle, stability
 from depthprune.recovering import Asked, carried_over, recovered, reopen, text_of
 from depthprune.report import report
+from depthprune.runtimes import prove_written
 from depthprune.scores import Scores
 from depthprune.stages import describe, evaluate, scores_json, speed, summarize
 from depthprune.surgery import drop
-
-MEANS = {"memory", "device", "bench", "place"}  # settings that change how a run is done and not what it finds
-RECOVERS = {"recover", "recover_data", "recover_sequences"}  # these may change until weights are recovered
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run was asked to do; a resumed run must be asked for the same, by whatever ``MEANS``."""
-
-    model: str
-    drop: str
-    data: str
-    unit: str = "any"
-    metric: str = "loss"
-    select: str | None = None
-    protect: str | None = None
-    recipe: str | None = None
-    stability: int = 0
-    text: str | None = None
-    sequences: int = 64
-    length: int = 512
-    window: int | None = None
-    stride: int | None = None
-    windows: int = 256
-    field: str = "text"
-    form: str = "hf"
-    recover: str = "refit"
-    recover_data: str | None = None
-    recover_sequences: int | None = None
-    bench: bool = True
-    seed: int = 0
-    device: str | None = None
-    dtype: str | None = None
-    tokenizer: str | None = None
-    revision: str | None = None
-    memory: int | None = None
-    allow_pickle: bool = False
-    trust_remote_code: bool = False
-    place: str = "whole"
 
 
 def prune(
@@ -82,11 +43,12 @@ def prune(
     Raises the errors of the stages; ``OptionError`` where the folder holds another run.
     """
     out = Path(out)
-    _examine(settings, out, resume=resume, overwrite=overwrite)
+    examine(settings, out, resume=resume, overwrite=overwrite)
     if resume and all((out / name).exists() for name in _files(settings)):
         console.keep(out / "log.txt")
         console.say("every stage of this run is done")
         return _conclude(out, console)
+    beside = _beside(settings.form)
     console.say(f"loading {settings.model}")
     model = load_as(settings)
     budget, unit = settle(settings.drop, settings.unit, model.layout)
@@ -102,7 +64,7 @@ def prune(
     fits(model, text)
     if warning := warn_overlap(data, text.data):
         console.warn(warning)
-    _claim(settings, out, overwrite=overwrite)
+    claim(settings, out, overwrite=overwrite)
     console.keep(out / "log.txt")
     if (out / "plan.json").is_file():
         before = Plan.load(out / "plan.json").why.get("data", {}).get("digest")
@@ -133,14 +95,18 @@ def prune(
     pair = {"dense": model, "pruned": drop(model, plan)}
     if not (out / "model").is_dir():
         pair |= _recovered(settings, pair, rows, out, console, text)
-        export([*pair.values()][-1], out / "model", settings.form)
+        export([*pair.values()][-1], out / "model", "hf" if beside else settings.form)
     elif (out / "model" / "recovery.json").is_file():
         pair["recovered"] = reopen(load_as(replace(settings, model=str(out / "model"))), out / "model")
+    if beside and not (out / beside).is_dir():
+        console.say(f"writing it as {settings.form}, too")
+        export([*pair.values()][-1], out / beside, settings.form)
     if not (out / "check.json").is_file():
         console.say("proving it in a fresh process")
         cut = pair["pruned"].plan or plan
         wanted = expect_as_it_is(pair["recovered"]) if "recovered" in pair else expect(model, cut)
-        proofs = check_many({out / "model": wanted}, device=str(model.device))[out / "model"]
+        folders = [out / name for name in ("model", beside) if name]
+        proofs = [p for f in folders for p in prove_written(f, [*pair.values()][-1], wanted, console.say)]
         passed = all(proof.passed for proof in proofs)
         write_json(out / "check.json", {"format": 1, "passed": passed, "proofs": [p.to_json() for p in proofs]})
         for proof in proofs:
@@ -156,6 +122,12 @@ def prune(
         name, last = [*pair.items()][-1]
         write_json(out / "bench.json", speed({"dense": model, name: last}, seed=settings.seed))
     return _conclude(out, console)
+
+
+def _beside(form: str) -> str:
+    """Where a form lies in the run folder that goes beside ``model/``, which transformers loads; empty for none."""
+    name = form.partition(":")[0]
+    return name if name in ("nemotron-nas", "gguf", "zeroed") else ""
 
 
 def _asked_of(settings: Settings) -> Asked:
@@ -259,7 +231,8 @@ def _rows(settings: Settings, model: Model, sequences: int, seed: int) -> Data |
 def _files(settings: Settings) -> tuple[str, ...]:
     """What the stages leave in the run folder."""
     bench = ("bench.json",) if settings.bench else ()
-    return ("scores.json", "plan.json", "model", "check.json", "eval.json", *bench)
+    beside = [name for name in (_beside(settings.form),) if name]
+    return ("scores.json", "plan.json", "model", *beside, "check.json", "eval.json", *bench)
 
 
 def _conclude(out: Path, console: Console) -> bool:
@@ -284,75 +257,6 @@ def load_as(settings: Settings) -> Model:
         trust_remote_code=settings.trust_remote_code,
         place=settings.place,
     )
-
-
-def _asked(settings: Settings) -> dict[str, Any]:
-    return {key: value for key, value in asdict(settings).items() if value is not None}
-
-
-def _examine(settings: Settings, out: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse the run folder, or not: another run's is only replaced when asked, and only resumed as it was."""
-    if resume and overwrite:
-        raise OptionError("--resume finishes a run, --overwrite begins it again: choose one")
-    if not (out.is_dir() and any(out.iterdir())):
-        place(out, folder=True)
-        return
-    if not (out / "run.json").is_file():
-        raise OptionError(f"--out {out} holds something that is no run of depthprune; name another folder")
-    if overwrite:
-        _spare(settings, out)
-        return
-    if not resume:
-        raise OptionError(f"--out {out} holds a run already; add --resume to finish it or --overwrite to replace it")
-    asked, record = _asked(settings), read_json(out / "run.json")
-    before = record.get("settings") if isinstance(record, dict) else None
-    if not isinstance(before, dict):
-        raise OptionError(f"--resume: {out / 'run.json'} is not that of a run; --overwrite starts again")
-    free = MEANS if (out / "model").is_dir() else MEANS | RECOVERS
-    named = sorted(key for key in {*before, *asked} - free if before.get(key) != asked.get(key))
-    if named:
-        differ = ", ".join(f"{key} was {before.get(key)!r}, now {asked.get(key)!r}" for key in named)
-        raise OptionError(f"--resume: {out} was started with other settings: {differ}")
-
-
-def _spare(settings: Settings, out: Path) -> None:
-    """Refuse to replace a folder that the run is to read from."""
-    read = [settings.data, settings.text, settings.recover_data]
-    if settings.recover_data and prompts.asked(settings.recover_data):
-        read[-1] = prompts.settings_of(settings.recover_data).prompts
-    texts = [source.path for text in read if text for source in sources.parse(text)]
-    folder = out.resolve()
-    for given in (settings.model, settings.tokenizer, *texts):
-        path = Path(given or "").expanduser()
-        if given and path.exists() and folder in {*_above(path.resolve()), *_above(Path(os.path.abspath(path)))}:
-            raise OptionError(f"--overwrite would delete {given}, which this run reads; name another --out")
-
-
-def _above(path: Path) -> tuple[Path, ...]:
-    return (path, *path.parents)
-
-
-def _claim(settings: Settings, out: Path, *, overwrite: bool) -> None:
-    """Take the run folder that was examined: empty it first if it is to be replaced."""
-    if overwrite and out.is_dir():
-        try:
-            shutil.rmtree(out)
-        except OSError as error:
-            raise DepthpruneError(f"cannot replace {out}: {why(error)}") from None
-    if not (out / "run.json").is_file():
-        record = {"format": 1, "settings": _asked(settings), "command": command(settings, out)}
-        write_json(out / "run.json", record)
-
-
-def command(settings: Settings, out: Path) -> str:
-    """The command line that makes this run."""
-    words = ["depthprune", "prune", settings.model, "--out", str(out)]
-    for key, value in asdict(settings).items():
-        if key == "model" or value is None or value == Settings.__dataclass_fields__[key].default:
-            continue
-        flag = f"--{key.replace('_', '-')}"
-        words += ["--no-bench"] if key == "bench" else [flag] if value is True else [flag, str(value)]
-    return shlex.join(words)
 
 
 def _texts(settings: Settings, model: Model, console: Console) -> tuple[Data | Mixture, Windows]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from depthprune.console import Console
 from depthprune.data import Data, Mixture, calibrate, overlap, warn_overlap
 from depthprune.errors import DepthpruneError, OptionError
 from depthprune.evaluate import Windows, perplexity
-from depthprune.export import Proof, check_many, expect_as_it_is, export
+from depthprune.export import Proof, expect_as_it_is, export
 from depthprune.files import read_json, write_json
 from depthprune.model import Model
 from depthprune.plan import Plan, with_stand_ins
 from depthprune.recover.apply import recover
+from depthprune.runtimes import prove_written
 from depthprune.surgery import drop
 
 TOKENS = {"cpu": 1 << 16, "cuda": 1 << 20}  # of text to recover on, unless told otherwise
@@ -84,10 +85,10 @@ def recovered(
     return recover(model, teacher, data, how, **told, **options, **more)
 
 
-def write(model: Model, out: Path, form: str) -> list[Proof]:
+def write(model: Model, out: Path, form: str, say: Callable[[str], None]) -> list[Proof]:
     """Write a recovered model and prove it in a fresh process, against itself in memory."""
     export(model, out, form)
-    return check_many({out: expect_as_it_is(model)}, device=str(model.device))[out]
+    return prove_written(out, model, expect_as_it_is(model), say)
 
 
 def measure(models: Mapping[str, Model], texts: Mapping[str, Windows], console: Console) -> list[dict[str, Any]]:

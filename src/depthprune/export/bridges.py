@@ -44,7 +44,8 @@ def bridges(plan: Plan, blocks: int, folder: str | Path) -> dict[str, str]:
     instead = f"# Use the folder itself: {_quoted(folder)}\n"
     convert = f"python convert_hf_to_gguf.py {_quoted(folder)} --outtype f16 --outfile {_quoted(f'{folder.name}.gguf')}"
     prune = f"llama-quantize --prune-layers {','.join(map(str, gone))} {_quoted(gguf)} {_quoted(smaller)} {TYPE}"
-    whole = f"python convert_hf_to_gguf.py {_quoted(dense)} --outtype f16 --outfile {_quoted(gguf)}"
+    where = _quoted(dense) if Path(dense).is_dir() else f"--remote {_quoted(dense)}"
+    whole = f"python convert_hf_to_gguf.py {where} --outtype f16 --outfile {_quoted(gguf)}"
     shaky = f"# Compare its answers with the folder's: {reason}, of which GGUF keeps only part.\n" if reason else ""
     return {
         "mergekit": stale.format("mergekit") + instead if stale else note + passthrough(plan, blocks),

@@ -172,6 +172,8 @@ def routes(config: Mapping[str, Any], trusted: bool = False) -> tuple[str, ...]:
     A folder with code of somebody else is loaded with that code where it is trusted.
     """
     text = config.get("text_config", config)
+    if config.get("model_type") == "nemotron-nas":
+        return ("remote",)
     if text.get("depthprune") or config.get("depthprune"):
         return ("remote", "aware")
     return ("remote",) if trusted and config.get("auto_map") else ("plain",)
@@ -213,12 +215,13 @@ _HOW = {"plain": "plain transformers", "remote": "trust_remote_code", "aware": "
 
 def _judge(item: Mapping[str, Any], result: Mapping[str, Any], expected: Expected | None) -> list[Proof]:
     how = _HOW[item["route"]]
-    if "error" in result:
-        name = f"{result['stage']} ({how})" if result.get("stage") else f"loads with {how}"
-        return [Proof(name, False, str(result["error"]))]
+    if "error" in result and "stage" not in result:
+        return [Proof(f"loads with {how}", False, str(result["error"]))]
     wrong = {key: result[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if result[key]}
     detail = "; ".join(f"{len(names)} {key.replace('_', ' ')}, such as {names[0]}" for key, names in wrong.items())
     proofs = [Proof(f"loads with {how}", not wrong, detail or "no missing, unexpected or mismatched keys")]
+    if "error" in result:
+        return [*proofs, Proof(f"{result['stage']} ({how})", False, str(result["error"]))]
     rate = TOLERANCE if item["dtype"] == "float32" else COARSE
     allowed = rate * max(result["scale"], 1.0)
     if expected is not None and expected.parameters is not None:

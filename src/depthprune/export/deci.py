@@ -100,7 +100,10 @@ def _refuse(file: File) -> None:
         reason = f"deci has no {extra[0]}"
     else:
         head = file.own("attention.key_length") or file.own("embedding_length") // file.own("attention.head_count")
-        if file.own("rope.dimension_count") not in (None, head) or file.own("attention.value_length") not in (None, head):
+        if file.own("rope.dimension_count") not in (None, head) or file.own("attention.value_length") not in (
+            None,
+            head,
+        ):
             reason = "deci rotates whole heads, and has values as wide as keys"
     if reason:
         raise ExportError(f"form gguf cannot express this plan: {reason}; form hf can, or zeroed and then gguf")

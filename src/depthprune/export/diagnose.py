@@ -46,15 +46,17 @@ def diagnose(path: str | Path, against: Model | None = None) -> list[Proof]:
     """
     contents = read(path)
     found = list(contents.faults)
+    experts: list[Proof] = []
     if contents.config is not None and not contents.config.get("is_encoder_decoder"):
-        blocks = [*_blocks(contents)]
-        found += [*blocks, *_lists(contents)]
-        found += [] if blocks else _experts(contents)
+        found += _blocks(contents)
+        experts += [] if found else _experts(contents)
+        found += _lists(contents)
     if against is not None and contents.blocks:
         known = origins(contents, against)
         found += [*_weights(contents, known), *_plan(contents, known, against)]
-        found += [*_patterns(contents, known, against)]
-    return list({(each.name, each.detail): each for each in found}.values())
+        told = {each.name for each in found}.intersection(BY_BLOCK)
+        found += [each for each in _patterns(contents, known, against) if each.name not in told]
+    return found + [each for each in experts if each.name not in {other.name for other in found}]
 
 
 def inferred(path: str | Path, against: Model) -> Plan | None:
@@ -128,10 +130,10 @@ def _experts(contents: Contents) -> Iterator[Proof]:
         return
     numbers = [n for n in contents.blocks if n < (count or 0) and n not in without_weights(contents.text)]
     bare, extra = [n for n in numbers if n in sparse - have], [n for n in numbers if n in have - sparse]
-    if bare:
-        yield Proof(name, False, f"by it block {shown(bare)} has experts, and the weights have none there")
-    if extra:
-        yield Proof(name, False, f"by it block {shown(extra)} has no experts, and the weights have some there")
+    parts = [f"block {shown(bare)} has experts, and the weights have none there"] if bare else []
+    parts += [f"block {shown(extra)} has no experts, and the weights have some there"] if extra else []
+    if parts:
+        yield Proof(name, False, f"by it {'; '.join(parts)}")
 
 
 def sparse_blocks(text: Mapping[str, Any], count: int) -> tuple[str, set[int]]:
@@ -198,7 +200,7 @@ def _patterns(contents: Contents, known: Mapping[int, Origin], against: Model) -
     if contents.text.get("model_type") != dense.model_type:
         return
     text, refusal = built(contents, config)
-    if refusal:
+    if refusal and not list(_lists(contents)):
         yield Proof("config.json", False, f"transformers refuses it: {refusal}")
     total, fields = len(against.layout.blocks), dense.to_dict()
     # Where a block will stand: at its number, or where numbers have gaps that nothing explains in order.
@@ -226,16 +228,18 @@ def _patterns(contents: Contents, known: Mapping[int, Origin], against: Model) -
 
 def _rules(text: Mapping[str, Any], wanted: Mapping[str, Any], kept: list[int]) -> Iterator[Proof]:
     """Compare the fields that are no lists by block: numbers of blocks, and counts of the first ones."""
-    blocks = f"for dense blocks {shown(kept)}"
     name, sparse = sparse_blocks(wanted, len(kept))
-    if name and name not in BY_BLOCK and (have := sparse_blocks(text, len(kept))[1] & set(range(len(kept)))) != sparse:
-        detail = f"by its {text.get(name)} blocks {shown(sorted(have)) or 'none'} have experts; {blocks} they are"
-        yield Proof(name, False, f"{detail} {shown(sorted(sparse)) or 'none'}")
+    wrong = sorted((sparse_blocks(text, len(kept))[1] ^ sparse) & set(range(len(kept))))
+    if name and name not in BY_BLOCK and wrong:
+        new, has = wrong[0], wrong[0] in sparse
+        detail = f"block {new} is dense block {kept[new]}, which has {'' if has else 'no '}experts; by config.json it"
+        more = f" (as for {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        yield Proof(name, False, f"{detail} has {'none' if has else 'some'}{more}")
     for field in RULES:
         if field in (name, "attention_types") or not isinstance(wanted.get(field), list) or field == "mlp_only_layers":
             continue
         if text.get(field) != wanted[field]:
-            yield Proof(field, False, f"it is {text.get(field)}, and {blocks} it would be {wanted[field]}")
+            yield Proof(field, False, f"it is {text.get(field)}, and should be {wanted[field]}")
 
 
 def built(contents: Contents, like: Any) -> tuple[Mapping[str, Any], str]:

@@ -97,7 +97,6 @@ def _config(model: Model, stub: bool) -> dict[str, Any]:
     """The configuration: Llama's fields in the old and the new spelling, and what each block has."""
     own, names = model.net.config, set(model.net.state_dict())
     stack, blocks = model.layout.path, blocks_of(model.net, model.layout)
-    width = math.ceil(own.intermediate_size / MULTIPLE) * MULTIPLE
     heads, groups = own.num_attention_heads, own.num_key_value_heads
     entries = []
     for index in range(len(blocks)):
@@ -110,8 +109,8 @@ def _config(model: Model, stub: bool) -> dict[str, Any]:
                     "no_op": not attention,
                     "replace_with_linear": False,
                 },
-                "ffn": {  # in the middle of what is rounded up to the width
-                    "ffn_mult": 1.5 * (width - MULTIPLE / 2) / own.hidden_size if ffn else None,
+                "ffn": {
+                    "ffn_mult": ratio(own) if ffn else None,
                     "no_op": not ffn,
                     "replace_with_linear": False,
                 },
@@ -145,7 +144,7 @@ def _config(model: Model, stub: bool) -> dict[str, Any]:
         **{key: getattr(own, key) for key in copied if hasattr(own, key)},
         "head_dim": getattr(own, "head_dim", None) or own.hidden_size // heads,
         "num_hidden_layers": len(blocks),
-        "intermediate_size": width,
+        "intermediate_size": _width(own),
         "attention_bias": _biased(names, "self_attn.q_proj"),
         "mlp_bias": _biased(names, "mlp.up_proj"),
         "rope_parameters": rope,
@@ -158,6 +157,15 @@ def _config(model: Model, stub: bool) -> dict[str, Any]:
     }
 
 
+def ratio(config: Any) -> float:
+    """The ``ffn_mult`` of which runtimes compute the width of an MLP: in the middle of what they round up to it."""
+    return 1.5 * (_width(config) - MULTIPLE / 2) / float(config.hidden_size)
+
+
+def _width(config: Any) -> int:
+    return math.ceil(config.intermediate_size / MULTIPLE) * MULTIPLE
+
+
 def _biased(names: set[str], part: str) -> bool:
     return any(name.endswith(f"{part}.bias") for name in names)
 
@@ -165,7 +173,7 @@ def _biased(names: set[str], part: str) -> bool:
 def _state(model: Model, stub: bool) -> dict[str, Tensor]:
     """The weights under Llama's names, MLPs padded, with zeros for biases that the format has and the model has not."""
     net, config = model.net, model.net.config
-    width = math.ceil(config.intermediate_size / MULTIPLE) * MULTIPLE
+    width = _width(config)
     state = {name: tensor.to(model.dtype) for name, tensor in net.state_dict().items() if tensor.numel()}
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)

@@ -96,13 +96,13 @@ def examine(item: dict[str, Any]) -> dict[str, Any]:
             item["path"], dtype=getattr(torch, item["dtype"]), output_loading_info=True, **options
         )
     net = net.eval() if item["places"] else net.eval().to(item["device"])
-    item["stage"] = "a forward"  # what is said of an error from here on
-    probe = load_file(item["probe"])
-    tokens = probe["tokens"].to(item["device"])
-    logits = net(tokens, use_cache=False).logits
     result: dict[str, Any] = {
         key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }
+    item["found"] = {**result, "stage": "a forward"}  # what is known should the rest fail
+    probe = load_file(item["probe"])
+    tokens = probe["tokens"].to(item["device"])
+    logits = net(tokens, use_cache=False).logits
     result["parameters"] = sum(parameter.numel() for parameter in net.parameters())
     result["scale"] = logits.float().abs().max().item()
     if "logits" in probe:
@@ -110,7 +110,7 @@ def examine(item: dict[str, Any]) -> dict[str, Any]:
     if "long" in probe:
         late = late_logits(net, probe["long"].to(item["device"]))
         result["gap"] = max(result["gap"], (late - probe["late_logits"]).abs().max().item())
-    item["stage"] = "cached generation"
+    item["found"]["stage"] = "cached generation"
     result["generation_gap"] = generation_gap(net, tokens)
     result["stepping_gap"] = stepping_gap(net, tokens)
     return result
@@ -130,7 +130,7 @@ def main() -> None:
                 result = examine({**item, "device": "cpu"})
         except Exception as error:  # whatever the loader says is the finding
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            result = {"error": text, "stage": item.get("stage", "")}
+            result = {**item.get("found", {}), "error": text}
         print(json.dumps(result), flush=True)
 
 

@@ -32,11 +32,14 @@ def write(model: Model, path: str | Path, *, dense: str = "") -> Path:
     plan names. Where only parts of blocks are gone it is not needed.
     Raises ``ExportError`` where the dense configuration cannot be read, or the plan's stand-ins have no place in it.
     """
-    return hf.write(filled(model, dense), path)
+    made = filled(model, dense)
+    if made.plan is not None:
+        made = replace(made, plan=replace(made.plan, why={**made.plan.why, "form": "zeroed"}))
+    return hf.write(made, path)
 
 
 def filled(model: Model, dense: str = "", *, blocks: bool = True) -> Model:
-    """A model of the stock architecture with zeros in the place of everything dropped; the one handed in stays as it is.
+    """A model of the stock architecture with zeros in the place of everything dropped; it shares all weights left.
 
     Without ``blocks`` whole blocks that are gone stay gone. Raises as ``write`` does.
     """

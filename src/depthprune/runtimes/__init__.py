@@ -13,16 +13,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from depthprune.errors import OptionError, unknown
-from depthprune.export.check import COARSE, TOLERANCE, Proof, probe
-from depthprune.model import Model
+from depthprune.errors import CheckpointError, OptionError, unknown
+from depthprune.export.check import COARSE, TOLERANCE, Expected, Proof, check_many, probe
+from depthprune.files import read_json
+from depthprune.model import Model, auto_name, load
 from depthprune.plan import Plan
 from depthprune.surgery import without
 
@@ -114,37 +115,130 @@ def installed() -> list[str]:
     return found
 
 
-def prove(path: str | Path, runtime: str, reference: Reference, named: str | None = None) -> list[Proof]:
+def readers(folder: str | Path) -> tuple[str, ...]:
+    """The runtimes, ``transformers`` among them, that can read a folder of its form, whatever its family.
+
+    Raises ``CheckpointError`` where the folder is no model.
+    """
+    folder = Path(folder)
+    if folder.suffix == ".gguf" or any(folder.glob("*.gguf")):
+        return ("llama.cpp",)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is no model: it has no config.json and no file.gguf")
+    config = read_json(folder / "config.json")
+    if not auto_name(config).endswith("ForCausalLM"):
+        return ("transformers",)
+    uneven = config.get("depthprune") or config.get("text_config", {}).get("depthprune")
+    return ("transformers", "vllm") if uneven else ("transformers", "vllm", "mlx")
+
+
+def prove_written(folder: Path, model: Model, expected: Expected, say: Callable[[str], None]) -> list[Proof]:
+    """Prove a folder that was just written: in transformers, in a fresh process, and in every runtime installed."""
+    proofs = []
+    if "transformers" in readers(folder):
+        pads = read_json(folder / "config.json").get("model_type") == "nemotron-nas"
+        if pads or _zeroed(folder):  # more parameters than planned, all zero
+            expected = replace(expected, parameters=None)
+        proofs = check_many({folder: expected}, device=str(model.device))[folder]
+    return proofs + prove_installed(folder, model, say)
+
+
+def prove_installed(folder: str | Path, model: Model, say: Callable[[str], None]) -> list[Proof]:
+    """Prove a folder in every runtime that is installed and reads its form, against a model in memory.
+
+    A runtime that does not take the model (another family, another platform) is told of with ``say``, not held against
+    the folder; one that takes it and computes something else is.
+    """
+    proofs, reference = list[Proof](), None
+    for runtime in [name for name in readers(folder) if name in RUNTIMES]:
+        try:
+            python(runtime)
+        except OptionError:
+            if readers(folder) == (runtime,):
+                say(f"not proven: {runtime} reads this form, and is not installed here")
+            continue
+        reference = reference or refer(model)
+        found = prove(folder, runtime, _adjusted(reference, Path(folder)), trust_remote_code=True)
+        if found[0].passed:
+            proofs += found
+        else:
+            say(f"{runtime} does not take it: {found[0].detail}")
+    return proofs
+
+
+def prove_asked(folder: str | Path, asked: Sequence[str], dense: Model | None, trust_remote_code: bool) -> list[Proof]:
+    """Prove a folder in runtimes that were asked for by name, as ``vllm`` or ``vllm=PATH/TO/python``.
+
+    The reference is the dense model without the units of the folder's plan; where weights were recovered, stand-ins
+    filled, or no dense model is given, the folder itself as PyTorch runs it.
+    Raises ``OptionError`` for a runtime that is unknown or not installed, or where there is nothing to compare with.
+    """
+    folder = Path(folder)
+    parted = [text.partition("=") for text in asked]
+    for runtime, _, named in parted:
+        python(runtime, named or None)
+        if runtime not in readers(folder):
+            raise OptionError(f"{runtime} does not read {folder}: {_forms(runtime)}")
+    reference = _adjusted(_reference(folder, dense, trust_remote_code), folder)
+    trust = trust_remote_code
+    return [
+        proof
+        for runtime, _, named in parted
+        for proof in prove(folder, runtime, reference, named or None, trust_remote_code=trust)
+    ]
+
+
+def _forms(runtime: str) -> str:
+    can = {"llama.cpp": "it reads --form gguf", "mlx": "it reads --form nemotron-nas and whole-block plans"}
+    return can.get(runtime, "it reads --form hf and nemotron-nas of decoders")
+
+
+def _reference(folder: Path, dense: Model | None, trust_remote_code: bool) -> Reference:
+    plan = Plan.load(folder / "plan.json") if (folder / "plan.json").is_file() else None
+    if dense is not None and plan is not None and not plan.stand_in and not (folder / "recovery.json").is_file():
+        return refer(dense, plan)
+    if "transformers" not in readers(folder):
+        raise OptionError(f"nothing to compare {folder} with: give --against MODEL, a folder that PyTorch runs")
+    return refer(load(folder, device="cpu", dtype="float32", trust_remote_code=trust_remote_code))
+
+
+def _adjusted(reference: Reference, folder: Path) -> Reference:
+    """The reference without the count of attentions where a form keeps all of them, as zeros."""
+    return replace(reference, attentions=None) if _zeroed(folder) else reference
+
+
+def _zeroed(folder: Path) -> bool:
+    plan = Plan.load(folder / "plan.json") if (folder / "plan.json").is_file() else None
+    return plan is not None and plan.why.get("form") == "zeroed"
+
+
+def prove(
+    path: str | Path, runtime: str, reference: Reference, named: str | None = None, *, trust_remote_code: bool = False
+) -> list[Proof]:
     """Run a folder in a runtime: the same log-probabilities, the same greedy text, and as many layers in the KV cache.
 
     Raises ``OptionError`` where the runtime is not installed.
     """
-    [answer] = ask([path], runtime, [reference], named)
+    answer = ask(path, runtime, asdict(reference) | {"trust_remote_code": trust_remote_code}, named)
     return judge(answer, runtime, reference)
 
 
-def ask(
-    paths: Sequence[str | Path], runtime: str, references: Sequence[Reference], named: str | None = None
-) -> list[dict[str, Any]]:
-    """The answers of a runtime for several folders; each is run in a process of its own."""
+def ask(path: str | Path, runtime: str, request: Mapping[str, Any], named: str | None = None) -> dict[str, Any]:
+    """The answer of a runtime, in a process of its own, to a request (see its script); ``error`` where it fails."""
     command = [python(runtime, named), "-P", str(Path(__file__).parent / f"prove_{RUNTIMES[runtime]}.py")]
-    answers = []
-    for path, reference in zip(paths, references, strict=True):
-        with tempfile.TemporaryDirectory(prefix="depthprune-") as scratch:
-            request = asdict(reference) | {"path": str(Path(path).absolute())}
-            file = Path(scratch) / "request.json"
-            file.write_text(json.dumps(request), encoding="utf-8")
-            modules = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(scratch) / "modules")}
-            done = subprocess.run(
-                [*command, str(file)], env={**os.environ, **modules}, capture_output=True, text=True, check=False
-            )
-        lines = [line for line in done.stdout.splitlines() if line.startswith('{"depthprune"')]
-        if lines:
-            answers.append(json.loads(lines[-1])["depthprune"])
-        else:
-            last = [line for line in done.stderr.splitlines() if line.strip()] or ["no output"]
-            answers.append({"error": f"it died (exit {done.returncode}): {last[-1][:300]}"})
-    return answers
+    with tempfile.TemporaryDirectory(prefix="depthprune-") as scratch:
+        file = Path(scratch) / "request.json"
+        file.write_text(json.dumps({**request, "path": str(Path(path).absolute())}), encoding="utf-8")
+        fresh = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(scratch) / "modules")}
+        done = subprocess.run(
+            [*command, str(file)], env={**os.environ, **fresh}, capture_output=True, text=True, check=False
+        )
+    for line in reversed(done.stdout.splitlines()):
+        if line.startswith('{"depthprune"'):
+            answer: dict[str, Any] = json.loads(line)["depthprune"]
+            return answer
+    last = [line for line in done.stderr.splitlines() if line.strip()] or ["no output"]
+    return {"error": f"it died (exit {done.returncode}): {last[-1][:300]}"}
 
 
 def judge(answer: Mapping[str, Any], runtime: str, reference: Reference) -> list[Proof]:

@@ -24,7 +24,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     logits = model(mx.array([text]))[0].astype(mx.float32)
     chosen = mx.take_along_axis(logits[:-1], mx.array(text[1:])[:, None], -1)[:, 0]
     logprobs = chosen - mx.logsumexp(logits[:-1], -1)
-    cache, generated, step = make_prompt_cache(model), [], mx.array([prompt])
+    generated: list[int] = []
+    cache, step = make_prompt_cache(model), mx.array([prompt])
     while len(generated) < len(text) - len(prompt):
         token = mx.argmax(model(step, cache=cache)[0, -1]).item()
         generated.append(token)

@@ -26,7 +26,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         max_num_seqs=1,
         enforce_eager=True,
         skip_tokenizer_init=True,
-        trust_remote_code=request.get("trust_remote_code", False),
+        trust_remote_code=request["trust_remote_code"],  # for DeciLM's configuration file
         seed=0,
         **request.get("options", {}),
     )

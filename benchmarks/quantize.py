@@ -1,0 +1,138 @@
+"""Quantization: what it costs a dense model and pruned ones, and whether the order of the two matters.
+
+python benchmarks/quantize.py MODEL CALIBRATION TEST --cuts benchmarks/2026-11-23-recover.json --out quantize.json
+
+For the dense model and for each cut: the perplexity as it is and after each way of quantization, of the folder that was
+written, loaded again; and that of the quantized dense model with the same units muted (quantized, then pruned). One
+environment seldom has all libraries: ``--out`` keeps what it holds, and further runs add their ``--ways``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import depthprune as dp
+from depthprune.data import Data, calibrate
+from depthprune.export.quantize import WAYS, quantize
+from depthprune.model import Model
+from depthprune.plan import Plan
+from depthprune.surgery import without
+from depthprune.units import Unit, parse
+
+CUTS = ("greedy blocks 25 %", "greedy any 25 %")
+ALLOWED = 0.02  # what quantizing may cost a pruned model beyond what it costs the dense one
+
+
+class Bench:
+    """The model, the texts and the file of results."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.dense = dp.load(arguments.model, dtype="float32", device=arguments.device)
+        self.text = dp.windows(arguments.test, self.dense.tokenizer, window=arguments.length, limit=arguments.windows)
+        rows = calibrate(
+            arguments.calibration, self.dense.tokenizer, sequences=arguments.rows, length=arguments.row_length, seed=1
+        )
+        assert isinstance(rows, Data)
+        self.rows = rows
+        known = json.loads(Path(arguments.cuts).read_text(encoding="utf-8"))["runs"][0]["cuts"]
+        self.cuts: dict[str, tuple[Unit, ...]] = {name: parse(known[name]["drop"]) for name in CUTS}
+        self.path = Path(arguments.out)
+        self.result: dict[str, Any] = {"runs": []}
+        if self.path.is_file():
+            self.result = json.loads(self.path.read_text(encoding="utf-8"))
+        self.run: dict[str, Any] = {
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "versions": {
+                "depthprune": dp.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            "command": " ".join(["python", "benchmarks/quantize.py", *(Path(word).name for word in sys.argv[1:])]),
+            "text": {"digest": self.text.data.digest, "tokens": int(self.text.scored.sum())},
+            "calibration": self.rows.describe(),
+            "cuts": {name: [str(unit) for unit in units] for name, units in self.cuts.items()},
+            "rows": [],
+        }
+        self.result["runs"].append(self.run)
+
+    def measure(self, model: Model, /, **row: Any) -> float:
+        """The loss of a model on the test text, kept as a row."""
+        loss = dp.perplexity(model, self.text).loss
+        self.run["rows"].append({**row, "perplexity": math.exp(loss), "loss": loss})
+        self.path.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
+        text = "  ".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items())
+        print(f"{math.exp(loss):8.3f}  {text}", flush=True)
+        return loss
+
+    def quantized(self, model: Model, name: str, how: str, plain: float, dense_cost: float | None) -> float:
+        """Quantize a model, read the folder and measure it; for the dense one also with the cuts muted."""
+        folder = Path(self.arguments.scratch) / f"{name}-{how}".replace(" ", "-").replace("%", "")
+        shutil.rmtree(folder, ignore_errors=True)
+        began = time.perf_counter()
+        quantize(model, folder, how, self.rows)
+        seconds = time.perf_counter() - began
+        record = json.loads((folder / "quantization.json").read_text(encoding="utf-8"))
+        found = dp.load(folder, dtype="float32", device=self.arguments.device)
+        row: dict[str, Any] = {"model": name, "how": how, "order": "prune, quantize" if model.plan else ""}
+        row |= {"bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")), "seconds": seconds}
+        row |= {"group": record["group"], "logit_error": record["logit_error"], "library": record["made_by"]}
+        cost = math.exp(self.measure(found, **row) - plain)
+        last = self.run["rows"][-1]
+        last["cost"] = cost
+        if dense_cost is not None:
+            last |= {"dense_cost": dense_cost, "within": cost <= dense_cost + ALLOWED}
+        else:
+            for cut, units in self.cuts.items():
+                with without(found, units):
+                    self.measure(found, model=cut, how=how, order="quantize, prune")
+        shutil.rmtree(folder)
+        return cost
+
+    def all(self) -> None:
+        """Every row: the dense model first, whose costs are the measure of the others."""
+        models = {"dense": self.dense}
+        for name, units in self.cuts.items():
+            models[name] = dp.drop(self.dense, Plan(self.dense.reference, units))
+        bytes_per = 2 if self.dense.dtype.itemsize == 2 else 4
+        plain = {
+            name: self.measure(model, model=name, how="", order="", bytes=model.parameters * bytes_per)
+            for name, model in models.items()
+        }
+        for how in self.arguments.ways.split(","):
+            cost: float | None = None
+            for name, model in models.items():
+                found = self.quantized(model, name, how, plain[name], cost)
+                cost = found if name == "dense" else cost
+        self.path.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("calibration")
+    parser.add_argument("test")
+    parser.add_argument("--cuts", required=True, help="the JSON of benchmarks/recover.py, whose plans are used")
+    parser.add_argument("--ways", default="w4a16,gptq,awq,w8a8", help=f"of {', '.join(WAYS)}")
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--row-length", type=int, default=256)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--scratch", default="quantized")
+    parser.add_argument("--out", required=True)
+    Bench(parser.parse_args()).all()
+
+
+if __name__ == "__main__":
+    main()
