@@ -82,9 +82,9 @@ def deci(file: File, gone: Mapping[int, frozenset[str]], constants: Mapping[tupl
 
 
 def interleaved(data: Array, heads: int) -> Array:
-    """Rows of queries or keys (heads * 2 * n, …) from halves, as Qwen2 rotates them, to pairs, as Llama's GGUF has them.
+    """Rows of queries or keys from halves, which is how Qwen2's files have them, to pairs, as Llama's have them.
 
-    Within a head row i < n moves to 2 i, row n + i to 2 i + 1.
+    The rows are (heads * 2 * n, …). Within a head row i < n moves to 2 i, row n + i to 2 i + 1.
     """
     size, *rest = data.shape
     return data.reshape(heads, 2, size // heads // 2, *rest).swapaxes(1, 2).reshape(size, *rest)
@@ -100,10 +100,7 @@ def _refuse(file: File) -> None:
         reason = f"deci has no {extra[0]}"
     else:
         head = file.own("attention.key_length") or file.own("embedding_length") // file.own("attention.head_count")
-        if file.own("rope.dimension_count") not in (None, head) or file.own("attention.value_length") not in (
-            None,
-            head,
-        ):
+        if any(file.own(name) not in (None, head) for name in ("rope.dimension_count", "attention.value_length")):
             reason = "deci rotates whole heads, and has values as wide as keys"
     if reason:
         raise ExportError(f"form gguf cannot express this plan: {reason}; form hf can, or zeroed and then gguf")

@@ -29,8 +29,8 @@ from depthprune.surgery import clone
 NAME = "model.gguf"
 CONVERTED = ("f32", "f16", "bf16", "q8_0")  # which the converter writes
 QUANTIZED = (
-    "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s", "q4_k_m", "q5_0", "q5_1", "q5_k_s", "q5_k_m", "q6_k",
-    "iq4_nl", "iq4_xs",
+    "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_1", "q4_k_s", "q4_k_m", "q5_0", "q5_1", "q5_k_s", "q5_k_m",
+    "q6_k", "iq4_nl", "iq4_xs",
 )  # fmt: skip
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")  # of which sublayers can be missing
 
@@ -47,7 +47,8 @@ def write(model: Model, path: str | Path, *, type: str = "f16", converter: str =
     ``type`` is that of the weights: f32, f16, bf16 and q8_0 come from the converter, q4_k_m and the like from
     llama.cpp's quantizer. ``converter`` is ``convert_hf_to_gguf.py`` or a checkout of llama.cpp that holds it; by
     default ``$LLAMA_CPP``, then the path. Tokens are compared with those of llama.cpp where it can be run.
-    Raises ``OptionError`` for an unknown type and a missing tool, ``ExportError`` where llama.cpp cannot express the plan.
+    Raises ``OptionError`` for an unknown type and a missing tool, ``ExportError`` where llama.cpp cannot express the
+    plan.
     """
     if type not in CONVERTED + QUANTIZED:
         raise unknown("GGUF type", type, CONVERTED + QUANTIZED)
@@ -94,8 +95,8 @@ def missing(model: Model) -> tuple[dict[int, frozenset[str]], dict[tuple[int, st
     name = hf.stock(model.net).__name__
     if name not in FAMILIES:
         raise ExportError(
-            f"form gguf cannot express this plan: parts of blocks are gone, and llama.cpp has nothing like {name} that may "
-            "lack them; form hf can, or form zeroed, of which form gguf makes a file of the dense size"
+            f"form gguf cannot express this plan: parts of blocks are gone, and llama.cpp has nothing like {name} that "
+            "may lack them; form hf can, or form zeroed, of which form gguf makes a file of the dense size"
         )
     for index, block in enumerate(blocks_of(model.net, model.layout)):
         for part, module in block.named_modules():

@@ -87,6 +87,6 @@ def _scale(name: str, blocks: int, config: Any) -> None:
     taken = width // heads if blocks == SCALED[name] else config.head_dim
     if taken != wanted:
         raise ExportError(
-            f"form gguf: llama.cpp scales the attention of {name} with {blocks} blocks by {taken}, this model by {wanted} "
-            f"(it goes by the number of blocks: {SCALED[name]} is the largest model); {_CAN}"
+            f"form gguf: llama.cpp scales the attention of {name} with {blocks} blocks by {taken}, this model by "
+            f"{wanted} (it goes by the number of blocks: {SCALED[name]} is the largest model); {_CAN}"
         )

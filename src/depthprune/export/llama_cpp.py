@@ -20,8 +20,9 @@ from depthprune.export.run_converter import UNPROVEN
 SCRIPT = "convert_hf_to_gguf.py"
 HERE = Path(__file__).parent  # with the scripts that run elsewhere
 RULES = (
-    "gpt-2", "llama-bpe", "qwen2", "smollm", "starcoder", "gpt-4o", "tekken", "deepseek-llm", "deepseek-v3", "command-r",
-    "olmo", "stablelm2", "default", "falcon", "mpt", "dbrx", "exaone", "chatglm-bpe", "refact", "viking", "bloom",
+    "gpt-2", "llama-bpe", "qwen2", "smollm", "starcoder", "gpt-4o", "tekken", "deepseek-llm", "deepseek-v3",
+    "command-r", "olmo", "stablelm2", "default", "falcon", "mpt", "dbrx", "exaone", "chatglm-bpe", "refact", "viking",
+    "bloom",
 )  # fmt: skip
 """Splitting rules of llama.cpp that a byte-level tokenizer may follow, by name, the commonest first."""
 
@@ -29,8 +30,8 @@ SAMPLES = (
     "Hello, world! It's 3 o'clock; we'll see 1,024 of them\tin 2024...",
     "I'VE  two  spaces,\nnew\n\nlines, trailing blanks   \n  and (brackets) {x: [1, 22, 333, 4444]} #tags @names",
     "def f(x):\n    return x ** 2 - 1.5e-3  # comment\n\nif __name__ == '__main__':\n\tprint(f(10))",
-    "Ärger, naïve café, Übermut; el niño; Привет, мир; Γειά σου; 你好，世界；こんにちは；안녕하세요; مرحبا; שלום; नमस्ते",
-    "🚀 (rocket) 😶‍🌫️ ✅ — “quoted” ‘text’ … ½ € £ ¥ × ÷ ≤ ≥ →",
+    "Ärger, naïve café, Übermut; el niño; Привет, мир; Γειά σου; 你好，世界；こんにちは；안녕하세요; مرحبا; שלום; नमस्ते",  # noqa: RUF001
+    "🚀 (rocket) 😶‍🌫️ ✅ — “quoted” ‘text’ … ½ € £ ¥ × ÷ ≤ ≥ →",  # noqa: RUF001
 )
 BOOK = 6000  # letters of a book besides
 
@@ -49,8 +50,8 @@ def converter(named: str = "") -> Path:
     found = shutil.which(SCRIPT)
     if found is None:
         raise OptionError(
-            f"form gguf needs llama.cpp's {SCRIPT}: name a checkout of llama.cpp with gguf:converter=PATH or LLAMA_CPP=PATH "
-            "(the source archive of llama-cpp-python holds one, in vendor/llama.cpp)"
+            f"form gguf needs llama.cpp's {SCRIPT}: name a checkout of llama.cpp with gguf:converter=PATH or "
+            "LLAMA_CPP=PATH (the source archive of llama-cpp-python holds one, in vendor/llama.cpp)"
         )
     return Path(found)
 
@@ -138,7 +139,7 @@ def scores(tokenizer_json: Mapping[str, Any], tokens: Sequence[str]) -> list[flo
     rank: dict[str, int] = {}
     for number, merge in enumerate(model["merges"]):
         rank.setdefault("".join(merge.split(" ", 1) if isinstance(merge, str) else merge), number)
-    return [-float(rank[token]) if token in rank else -float(len(rank) + 1) for token in tokens]
+    return [-float(rank[token]) if token in rank else -float(len(model["merges"]) + 1) for token in tokens]
 
 
 def ask(request: Mapping[str, Any]) -> dict[str, Any]:

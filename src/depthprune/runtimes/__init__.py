@@ -8,6 +8,7 @@ environment), since their needs do not agree with each other.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -250,8 +251,9 @@ def judge(answer: Mapping[str, Any], runtime: str, reference: Reference) -> list
     tolerance = TOLERANCE if answer.get("dtype", reference.dtype) == "float32" else COARSE
     gaps = [abs(a - b) for a, b in zip(answer["logprobs"], reference.logprobs, strict=True)]
     allowed = tolerance * max(1.0, *(-value for value in reference.logprobs)) if tolerance == COARSE else tolerance
-    detail = f"largest gap {max(gaps):.2g} nats over {len(gaps)} tokens"
-    proofs.append(Proof(f"log-probabilities ({runtime})", max(gaps) <= allowed, detail))
+    worst = max(gaps, key=lambda gap: math.inf if math.isnan(gap) else gap)
+    detail = f"largest gap {worst:.2g} nats over {len(gaps)} tokens"
+    proofs.append(Proof(f"log-probabilities ({runtime})", worst <= allowed, detail))
     proofs.append(_greedy(answer["generated"], runtime, reference, 2 * allowed))
     if reference.attentions is not None and answer.get("kv_layers") is not None:
         kept = answer["kv_layers"]

@@ -97,7 +97,7 @@ def step(model: Any, context: Any, tokens: list[int], position: int, every: bool
 
 
 def caches(log: list[str]) -> list[tuple[int, float, float]]:
-    """The caches that llama.cpp says it has (one, or one for each kind of attention): cells, bytes of keys, of values."""
+    """The caches that llama.cpp says it has, one for each kind of attention: cells, bytes of keys, bytes of values."""
     lines = "".join(log).splitlines()
     return [(int(m[1]), float(m[2]) * MIB, float(m[3]) * MIB) for line in lines if (m := CACHE.search(line))]
 
@@ -111,7 +111,7 @@ def layers(loaded: str, kept: list[tuple[int, float, float]]) -> int | None:
     if len(said) < 3 or not kept:
         return None
     heads, size = said["n_head_kv"], int(said["n_embd_head_k"])
-    every = json.loads(heads) if heads.startswith("[") else [int(heads)] * int(said["n_layer"])
+    every: list[int] = json.loads(heads) if heads.startswith("[") else [int(heads)] * int(said["n_layer"])
     numbers = sum(keys / (4 * cells) for cells, keys, _ in kept)
     error = sum(ROUNDING / (4 * cells) for cells, _, _ in kept)
     smallest = min((n for n in every if n), default=0) * size
