@@ -29,13 +29,15 @@ OPTIONS = {
     "score": "--data --metric --unit --sequences --length --field --memory --out",
     "plan": "--drop --data --unit --metric --select --protect --recipe --stability --sequences --length --out",
     "drop": "--stand-in --form --out",
-    "check": "--against --tokenizer --revision --allow-pickle --trust-remote-code --place",
+    "check": "--against --runtime --tokenizer --revision --allow-pickle --trust-remote-code --place",
     "eval": "--text --window --stride --windows --field --out",
     "bench": "--batch --prompt --new --repeats --out",
-    "export": "--form --out --tokenizer --revision --allow-pickle --trust-remote-code --place",
+    "bridges": "--blocks",
+    "push": "--private --revision --message",
+    "export": "--form --out --push-to-hub --private --tokenizer --revision --allow-pickle --trust-remote-code --place",
     "report": "--open",
     "prune": "--drop --data --out --demo --recover --recover-data --recover-sequences --text --form --no-bench "
-    "--resume --overwrite --memory --protect "
+    "--resume --overwrite --memory --protect --push-to-hub --private "
     "--recipe --stability",
     "recover": "--teacher --how --data --text --compare --form --resume --sequences --length --memory --out",
     "compare": "--data --recipes --drop --text --window --windows --metric --unit --sequences --length --memory --out",

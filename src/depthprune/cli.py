@@ -16,6 +16,7 @@ from depthprune import (
     options,
     recipes,
     registry,
+    serving,
     tables,
 )
 from depthprune.console import Console, die, interruptible, no_memory
@@ -159,48 +160,7 @@ def drop(
     smaller = cut(made, asked)
     write.export(smaller, out, form)
     proofs = prove_written(out, smaller, expect(made, smaller.plan or asked), console.say)
-    _judge(console, proofs, f"{asked.describe()} dropped; written to {out}")
-
-
-RUNTIME_HELP = (
-    "Where to run it: transformers (the default), vllm, llama.cpp, mlx; may be given several times. `vllm=PATH` names "
-    "the Python that has it, as does DEPTHPRUNE_VLLM (_LLAMA, _MLX) in the environment."
-)
-
-
-@options.command(options.app)
-def check(
-    console: Console,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder with a model.")],
-    loading: Loading,
-    common: Common,
-    against: Annotated[str | None, option("--against", "The dense model that the folder's plan.json is for.")] = None,
-    runtime: Annotated[list[str] | None, option("--runtime", RUNTIME_HELP)] = None,
-) -> None:
-    """Prove that a folder loads, runs, and means what its plan says; in the runtimes that serve it, too.
-
-    A folder that another tool wrote is examined for what such folders get wrong: blocks that come up random, lists that
-    do not follow the blocks, cache slots of blocks that are gone.
-    """
-    from depthprune import runtimes
-    from depthprune.export import check as examine
-    from depthprune.model import where
-
-    wanted = runtime or (["transformers"] if "transformers" in runtimes.readers(folder) else ["llama.cpp"])
-    others = [name for name in wanted if name != "transformers"]
-    dense = None if against is None else options.load(against, common, loading)
-    proofs = [] if wanted == others else examine(folder, dense, device=where(common.device or "cpu"))
-    if others:
-        proofs = proofs + runtimes.prove_asked(folder, others, dense, loading.trust_remote_code)
-    _judge(console, proofs, f"{folder}:")
-
-
-def _judge(console: Console, proofs: Any, title: str) -> None:
-    passed = all(proof.passed for proof in proofs)
-    lines = [title, *(f"  {'ok  ' if proof.passed else 'FAIL'} {proof.name}: {proof.detail}" for proof in proofs)]
-    console.result({"passed": passed, "proofs": [proof.to_json() for proof in proofs]}, "\n".join(lines))
-    if not passed:
-        raise typer.Exit(1)
+    serving.judged(console, proofs, f"{asked.describe()} dropped; written to {out}")
 
 
 @options.command(options.app, "eval")
@@ -249,29 +209,6 @@ def bench(
     value = measure(made, batch=batch, prompt=prompt, new=new, repeats=repeats, seed=common.seed or 0)
     write_json(out, value)
     console.result(value, tables.timed(value))
-
-
-@options.command(options.app)
-def export(
-    console: Console,
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder with a pruned model.")],
-    out: OutOption,
-    loading: Loading,
-    common: Common,
-    form: FormOption = "hf",
-) -> None:
-    """Write a model again in another form, with its plan, and prove it where that form runs."""
-    registry.find("forms", form)
-    place(out, folder=True)
-    from depthprune import recovering
-    from depthprune.export import expect_as_it_is, write
-    from depthprune.runtimes import prove_written
-
-    made = options.load(folder, common, loading)
-    if (Path(folder) / "plan.json").is_file():
-        made = recovering.reopen(made, Path(folder))
-    write.export(made, out, form)
-    _judge(console, prove_written(out, made, expect_as_it_is(made), console.say), f"written to {out}")
 
 
 @options.command(options.app)

@@ -27,6 +27,7 @@ from depthprune.options import (
     option,
 )
 from depthprune.plan import rank
+from depthprune.serving import PrivateOption, PushOption
 
 HOW_HELP = "How to win back what was lost: `refit`, `distill`, `refit+distill:tokens=8M`, …; `list recoverers`."
 RECOVER_DATA_HELP = (
@@ -68,6 +69,8 @@ def prune(
     stride: Annotated[int | None, option("--stride", "How far it moves; default: the window.", least=1)] = None,
     windows: Annotated[int, option("--windows", "Evaluate on the first windows of --text.", least=1)] = 256,
     form: FormOption = "hf",
+    push_to_hub: PushOption = None,
+    private: PrivateOption = False,
     run_bench: Annotated[bool, typer.Option("--bench/--no-bench", help="Measure speed.")] = True,
     resume: Annotated[bool, option("--resume", "Finish a run that was stopped.")] = False,
     overwrite: Annotated[bool, option("--overwrite", "Replace a run in the folder.")] = False,
@@ -121,6 +124,10 @@ def prune(
         passed = pruning.prune(settings, out, console, resume=resume, overwrite=overwrite)
     if not passed:
         raise typer.Exit(1)
+    if push_to_hub:
+        from depthprune.export.push import push
+
+        console.say(f"uploaded to {push(out, push_to_hub, private=private)}")
 
 
 @options.command(options.app)

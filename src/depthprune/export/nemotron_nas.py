@@ -163,7 +163,8 @@ def ratio(config: Any) -> float:
 
 
 def _width(config: Any) -> int:
-    return math.ceil(config.intermediate_size / MULTIPLE) * MULTIPLE
+    width: int = config.intermediate_size
+    return math.ceil(width / MULTIPLE) * MULTIPLE
 
 
 def _biased(names: set[str], part: str) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from depthprune.errors import CheckpointError, OptionError, unknown
-from depthprune.export.check import COARSE, TOLERANCE, Expected, Proof, check_many, probe
+from depthprune.export.check import COARSE, TOLERANCE, Expected, Proof, check_many, fitted, probe
 from depthprune.files import read_json
 from depthprune.model import Model, auto_name, load
 from depthprune.plan import Plan
@@ -125,6 +125,8 @@ def readers(folder: str | Path) -> tuple[str, ...]:
     if folder.suffix == ".gguf" or any(folder.glob("*.gguf")):
         return ("llama.cpp",)
     if not (folder / "config.json").is_file():
+        if any(folder.glob("*.safetensors")):
+            return ("transformers",)  # another tool's, which ``check`` has something to say of
         raise CheckpointError(f"{folder} is no model: it has no config.json and no file.gguf")
     config = read_json(folder / "config.json")
     if not auto_name(config).endswith("ForCausalLM"):
@@ -137,10 +139,7 @@ def prove_written(folder: Path, model: Model, expected: Expected, say: Callable[
     """Prove a folder that was just written: in transformers, in a fresh process, and in every runtime installed."""
     proofs = []
     if "transformers" in readers(folder):
-        pads = read_json(folder / "config.json").get("model_type") == "nemotron-nas"
-        if pads or _zeroed(folder):  # more parameters than planned, all zero
-            expected = replace(expected, parameters=None)
-        proofs = check_many({folder: expected}, device=str(model.device))[folder]
+        proofs = check_many({folder: fitted(expected, folder)}, device=str(model.device))[folder]
     return proofs + prove_installed(folder, model, say)
 
 
@@ -159,7 +158,7 @@ def prove_installed(folder: str | Path, model: Model, say: Callable[[str], None]
                 say(f"not proven: {runtime} reads this form, and is not installed here")
             continue
         reference = reference or refer(model)
-        found = prove(folder, runtime, _adjusted(reference, Path(folder)), trust_remote_code=True)
+        found = prove(folder, runtime, adjusted(reference, Path(folder)), trust_remote_code=True)
         if found[0].passed:
             proofs += found
         else:
@@ -180,7 +179,7 @@ def prove_asked(folder: str | Path, asked: Sequence[str], dense: Model | None, t
         python(runtime, named or None)
         if runtime not in readers(folder):
             raise OptionError(f"{runtime} does not read {folder}: {_forms(runtime)}")
-    reference = _adjusted(_reference(folder, dense, trust_remote_code), folder)
+    reference = adjusted(_reference(folder, dense, trust_remote_code), folder)
     trust = trust_remote_code
     return [
         proof
@@ -203,7 +202,7 @@ def _reference(folder: Path, dense: Model | None, trust_remote_code: bool) -> Re
     return refer(load(folder, device="cpu", dtype="float32", trust_remote_code=trust_remote_code))
 
 
-def _adjusted(reference: Reference, folder: Path) -> Reference:
+def adjusted(reference: Reference, folder: Path) -> Reference:
     """The reference without the count of attentions where a form keeps all of them, as zeros."""
     return replace(reference, attentions=None) if _zeroed(folder) else reference
 

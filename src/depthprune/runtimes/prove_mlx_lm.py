@@ -1,12 +1,14 @@
 """What MLX-LM makes of a folder. Run as a script by the Python that has it; imports nothing of depthprune.
 
 Reads a request (JSON) from its first argument, ``{"path": …, "prompt": […], "text": […], …}``, and prints one line,
-``{"depthprune": {"version": …, "logprobs": […], "generated": […], "kv_layers": n}}``.
+``{"depthprune": {"version": …, "logprobs": […], "generated": […], "kv_layers": n}}``; with ``repeats`` and ``new`` also
+``seconds_per_token``, the least of so many texts of so many tokens.
 """
 
 import importlib.metadata
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,21 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         token = mx.argmax(model(step, cache=cache)[0, -1]).item()
         generated.append(token)
         step = mx.array([[token]])
+    seconds = min((decode(model, prompt, request["new"]) for _ in range(request.get("repeats", 0))), default=None)
     kept = sum(getattr(layer, "keys", None) is not None for layer in cache)
     version = f"mlx-lm {importlib.metadata.version('mlx-lm')}, mlx {importlib.metadata.version('mlx')}"
-    return {"version": version, "logprobs": logprobs.tolist(), "generated": generated, "kv_layers": kept}
+    found = {"version": version, "logprobs": logprobs.tolist(), "generated": generated, "kv_layers": kept}
+    return found | {"seconds_per_token": seconds}
+
+
+def decode(model: Any, prompt: list[int], new: int) -> float:
+    """The seconds for each token of a greedy text."""
+    cache = make_prompt_cache(model)
+    token = mx.argmax(model(mx.array([prompt]), cache=cache)[0, -1]).item()
+    began = time.perf_counter()
+    for _ in range(new):
+        token = mx.argmax(model(mx.array([[token]]), cache=cache)[0, -1]).item()
+    return (time.perf_counter() - began) / new
 
 
 def main() -> None:

@@ -1,12 +1,14 @@
 """What vLLM makes of a folder. Run as a script by the Python that has it; imports nothing of depthprune.
 
 Reads a request (JSON) from its first argument, ``{"path": …, "prompt": […], "text": […], "dtype": …, …}``, and prints
-one line, ``{"depthprune": {"version": …, "logprobs": […], "generated": […], "kv_layers": n}}``.
+one line, ``{"depthprune": {"version": …, "logprobs": […], "generated": […], "kv_layers": n}}``; with ``repeats`` and
+``new`` also ``seconds_per_token``, the least of so many texts of so many tokens.
 """
 
 import json
 import os
 import sys
+import time
 from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -22,7 +24,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     llm = vllm.LLM(
         request["path"],
         dtype=request["dtype"],
-        max_model_len=len(text) + 1,
+        max_model_len=max(len(text) + 1, len(prompt) + request.get("new", 0) + 2),
         max_num_seqs=1,
         enforce_eager=True,
         skip_tokenizer_init=True,
@@ -38,7 +40,22 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     [spec] = llm.collective_rpc("get_kv_cache_spec")
     generated = list(continued.outputs[0].token_ids)
     version = f"vllm {vllm.__version__}"
-    return {"version": version, "logprobs": logprobs, "generated": generated, "kv_layers": len(spec)}
+    seconds = min((decode(llm, prompt, request["new"]) for _ in range(request.get("repeats", 0))), default=None)
+    found = {"version": version, "logprobs": logprobs, "generated": generated, "kv_layers": len(spec)}
+    return found | {"seconds_per_token": seconds}
+
+
+def decode(llm: Any, prompt: list[int], new: int) -> float:
+    """The seconds for each token of a greedy text, but for the first."""
+    import vllm
+
+    marks = []
+    for length in (1, new + 1):
+        greedy = vllm.SamplingParams(temperature=0, max_tokens=length, detokenize=False, ignore_eos=True)
+        began = time.perf_counter()
+        llm.generate([{"prompt_token_ids": prompt}], greedy, use_tqdm=False)
+        marks.append(time.perf_counter() - began)
+    return (marks[1] - marks[0]) / new
 
 
 def main() -> None:

@@ -1,0 +1,128 @@
+"""The commands for folders that are to be served: ``check``, ``export``, ``push``, ``bridges``. Torch only when run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from depthprune import options, registry
+from depthprune.console import Console
+from depthprune.errors import OptionError
+from depthprune.files import place
+from depthprune.options import Common, FormOption, Loading, OutOption, option
+from depthprune.plan import Plan
+
+PushOption = Annotated[str | None, option("--push-to-hub", "Upload the folder to this repository of the Hub.")]
+PrivateOption = Annotated[bool, option("--private", "Make the repository a private one.")]
+
+RUNTIME_HELP = (
+    "Where to run it: transformers (the default), vllm, llama.cpp, mlx; may be given several times. `vllm=PATH` names "
+    "the Python that has it, as does DEPTHPRUNE_VLLM (_LLAMA, _MLX) in the environment."
+)
+
+
+@options.command(options.app)
+def check(
+    console: Console,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder with a model.")],
+    loading: Loading,
+    common: Common,
+    against: Annotated[str | None, option("--against", "The dense model that the folder's plan.json is for.")] = None,
+    runtime: Annotated[list[str] | None, option("--runtime", RUNTIME_HELP)] = None,
+) -> None:
+    """Prove that a folder loads, runs, and means what its plan says; in the runtimes that serve it, too.
+
+    A folder that another tool wrote is examined for what such folders get wrong: blocks that come up random, lists that
+    do not follow the blocks, cache slots of blocks that are gone.
+    """
+    from depthprune import runtimes
+    from depthprune.export import check as examine
+    from depthprune.model import where
+
+    wanted = runtime or (["transformers"] if "transformers" in runtimes.readers(folder) else ["llama.cpp"])
+    others = [name for name in wanted if name != "transformers"]
+    dense = None if against is None else options.load(against, common, loading)
+    proofs = (
+        []
+        if wanted == others
+        else examine(folder, dense, device=where(common.device or "cpu"), trust_remote_code=loading.trust_remote_code)
+    )
+    if others:
+        proofs = proofs + runtimes.prove_asked(folder, others, dense, loading.trust_remote_code)
+    judged(console, proofs, f"{folder}:")
+
+
+def judged(console: Console, proofs: Any, title: str) -> None:
+    """Print proofs; exit with 1 unless all of them hold."""
+    passed = all(proof.passed for proof in proofs)
+    lines = [title, *(f"  {'ok  ' if proof.passed else 'FAIL'} {proof.name}: {proof.detail}" for proof in proofs)]
+    console.result({"passed": passed, "proofs": [proof.to_json() for proof in proofs]}, "\n".join(lines))
+    if not passed:
+        raise typer.Exit(1)
+
+
+@options.command(options.app)
+def export(
+    console: Console,
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder with a pruned model.")],
+    out: OutOption,
+    loading: Loading,
+    common: Common,
+    form: FormOption = "hf",
+    push_to_hub: PushOption = None,
+    private: PrivateOption = False,
+) -> None:
+    """Write a model again in another form, with its plan, and prove it where that form runs."""
+    registry.find("forms", form)
+    place(out, folder=True)
+    from depthprune import recovering
+    from depthprune.export import expect_as_it_is, write
+    from depthprune.runtimes import prove_written
+
+    made = options.load(folder, common, loading)
+    if (Path(folder) / "plan.json").is_file():
+        made = recovering.reopen(made, Path(folder))
+    write.export(made, out, form)
+    judged(console, prove_written(out, made, expect_as_it_is(made), console.say), f"written to {out}")
+    if push_to_hub:
+        from depthprune.export.push import push as upload
+
+        console.say(f"uploaded to {upload(out, push_to_hub, private=private)}")
+
+
+@options.command(options.app)
+def push(
+    console: Console,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A written folder, or a run folder.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Where to: `name` or `organization/name`.")],
+    common: Common,
+    private: PrivateOption = False,
+    revision: Annotated[str | None, option("--revision", "A branch; made where there is none.")] = None,
+    message: Annotated[str | None, option("--message", "The commit's message.")] = None,
+) -> None:
+    """Upload a folder to the Hub, with a model card that says what was cut, what it cost, and how to load it."""
+    from depthprune.export.push import push as upload
+
+    address = upload(folder, repo, private=private, revision=revision, message=message)
+    console.result({"pushed": address}, f"uploaded to {address}")
+
+
+@options.command(options.app)
+def bridges(
+    console: Console,
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json of whole blocks.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder that was written for it.")],
+    common: Common,
+    blocks: Annotated[int | None, option("--blocks", "Blocks of the dense model; default: what the plan says.")] = None,
+) -> None:
+    """Print what other tools are told to make the same cut, or to serve it: mergekit, llama.cpp, vLLM."""
+    from depthprune.export.bridges import bridges as spell
+
+    asked = Plan.load(plan)
+    count = blocks or asked.model.blocks
+    if count is None:
+        raise OptionError(f"{plan} does not say how many blocks its model has: give --blocks")
+    found = spell(asked, count, folder)
+    console.result(found, "\n".join(f"# {name}\n{text}" for name, text in found.items()))
