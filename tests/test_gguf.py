@@ -717,8 +717,8 @@ RUN: list[tuple[str, dict[str, Any], tuple[str, ...], str]] = [
     ("qwen3", {}, ("1",), ""),
     ("olmo2", {}, ("1",), ""),
     ("gemma2", {"query_pre_attn_scalar": 8}, ("0",), ""),
-    ("gemma3_text", {}, ("2",), ""),
-    ("cohere2", {}, ("1",), ""),
+    ("gemma3_text", {}, ("0",), ""),
+    ("cohere2", {"rotary_pct": 1.0}, ("1",), ""),
 ]
 
 
