@@ -1,4 +1,4 @@
-"""The part of gguf.py that llama.cpp runs: losses and times of several files. Imports nothing of depthprune.
+"""The part of gguf_files.py that llama.cpp runs: losses and times of several files. Imports nothing of depthprune.
 
 Reads a request (JSON) from its first argument and prints one line. ``{"do": "loss", "files": {name: path},
 "windows": [[…], …]}`` is answered by the mean loss of each file, ``{"do": "speed", "files": …, "rounds": n,

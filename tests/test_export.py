@@ -180,3 +180,17 @@ def test_an_encoder_comes_back_too(tmp_path: Path) -> None:
     folder = export(smaller(model, "1.mlp"), tmp_path / "out")
     proofs = check(folder, against=model)
     assert all(proof.passed for proof in proofs) and not any("generation" in proof.name for proof in proofs)
+
+
+def test_only_heads_that_vllm_makes_alike_are_named_for_it(subject: Callable[..., Model], tmp_path: Path) -> None:
+    """Granite divides its logits, which vLLM's Transformers backend does not; nor does it know BERT's head."""
+    named = {}
+    for name in ("llama", "gemma2", "cohere", "granite", "bert"):
+        model = subject(name)
+        unit = next(str(unit) for unit in model.layout.units("any") if unit.block == 2)
+        folder = export(smaller(model, unit), tmp_path / name)
+        [named[name]] = json.loads((folder / "config.json").read_text())["architectures"]
+    ours = "DepthpruneForCausalLM"
+    assert named == {
+        "llama": ours, "gemma2": ours, "cohere": ours, "granite": "GraniteForCausalLM", "bert": "BertForMaskedLM",
+    }  # fmt: skip

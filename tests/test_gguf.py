@@ -21,15 +21,17 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from cuts import cut
-from depthprune import runtimes
+from depthprune import demo, runtimes
 from depthprune.errors import ExportError, OptionError
 from depthprune.export import export, gguf, gguf_file, llama_cpp, run_converter
 from depthprune.export.deci import deci, interleaved
 from depthprune.export.gguf_file import Array, Field, File, Tensor
 from depthprune.export.gguf_traps import faithful
-from depthprune.model import Model, wrap
+from depthprune.model import Model, load, wrap
 from families import FAMILIES, configuration, shake
 
 WIDTH, HEADS, GROUPS, HEAD, MLP, BLOCKS, VOCABULARY = 32, 4, 2, 8, 48, 4, 96
@@ -639,6 +641,51 @@ def test_scores_fall_with_the_order_of_merges() -> None:
     assert llama_cpp.scores({"model": {"type": "Unigram"}}, ["he"]) is None
 
 
+def with_vocabulary(kind: str, rule: str) -> File:
+    fields = {
+        "tokenizer.ggml.model": Field(kind, "STRING"), "tokenizer.ggml.pre": Field(rule, "STRING"),
+        "tokenizer.ggml.tokens": Field(["a", "b", "ab"], "ARRAY", "STRING"),
+        "tokenizer.ggml.scores": Field([-1000.0] * 3, "ARRAY", "FLOAT32"),
+    }  # fmt: skip
+    return File("llama", fields, {})
+
+
+def test_the_file_gets_the_rule_and_the_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "merges": [["a", "b"]]}}))
+    asked: list[Path] = []
+
+    def splitting(file: Path, rule: str, tokenizer: Any) -> tuple[str, str]:
+        asked.append(file)
+        return ("qwen2", "") if rule == run_converter.UNPROVEN else (rule, "other tokens")
+
+    monkeypatch.setattr(llama_cpp, "splitting", splitting)
+    target = tmp_path / "model.gguf"
+    file = gguf._with_tokenizer(with_vocabulary("gpt2", run_converter.UNPROVEN), target, tmp_path, words)
+    assert file.fields["tokenizer.ggml.pre"].value == "qwen2" and asked == [target]
+    assert file.fields["tokenizer.ggml.scores"].value == [-1000.0] * 3
+    with pytest.warns(UserWarning, match="other tokens"):
+        file = gguf._with_tokenizer(with_vocabulary("llama", "default"), target, tmp_path, words)
+    assert file.fields["tokenizer.ggml.pre"].value == "default"
+    assert file.fields["tokenizer.ggml.scores"].value == [-2.0, -2.0, 0.0]
+    assert gguf_file.read(asked[1]).fields["tokenizer.ggml.scores"].value == [-2.0, -2.0, 0.0], "compared as written"
+    (tmp_path / "tokenizer.model").touch()  # from which the converter has read them
+    with pytest.warns(UserWarning, match="other tokens"):
+        file = gguf._with_tokenizer(with_vocabulary("llama", "default"), target, tmp_path, words)
+    assert file.fields["tokenizer.ggml.scores"].value == [-1000.0] * 3
+
+
+def test_sentencepiece_files_come_along(tmp_path: Path) -> None:
+    places = {name: tmp_path / name for name in ("with", "without", "out", "other")}
+    for folder in places.values():
+        folder.mkdir()
+    (places["with"] / "tokenizer.model").write_bytes(b"pieces")
+    model = model_of("llama")
+    for name, out, there in (("with", "out", True), ("without", "other", False), ("no/such", "other", False)):
+        tokenizer = SimpleNamespace(name_or_path=str(places.get(name, name)))
+        gguf._tokenizer_model(replace(model, tokenizer=tokenizer), places[out])
+        assert (places[out] / "tokenizer.model").is_file() is there
+
+
 # The proof's own reading of llama.cpp
 
 LOADED = """
@@ -717,9 +764,39 @@ RUN: list[tuple[str, dict[str, Any], tuple[str, ...], str]] = [
     ("qwen3", {}, ("1",), ""),
     ("olmo2", {}, ("1",), ""),
     ("gemma2", {"query_pre_attn_scalar": 8}, ("0",), ""),
-    ("gemma3_text", {}, ("0",), ""),
+    ("gemma3_text", {"vocab_size": 300}, ("0",), ""),
     ("cohere2", {"rotary_pct": 1.0}, ("1",), ""),
 ]
+
+
+def byte_level(size: int = 300) -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes as GPT-2 splits text, learnt from the samples, with a token in front."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(llama_cpp.texts(), trainer)
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="<s>")
+
+
+def pieces(size: int = 400) -> PreTrainedTokenizerFast:
+    """A tokenizer of words with their space in front and bytes for what is rare, as sentencepiece makes them."""
+    made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, limit_alphabet=60, show_progress=False)
+    made.train_from_iterator(llama_cpp.texts()[len(llama_cpp.SAMPLES) :], trainer)
+    state = json.loads(made.to_str())
+    state["added_tokens"] = state["added_tokens"][:3]  # bytes are no special tokens
+    state["decoder"] = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
+    made = Tokenizer.from_str(json.dumps(state))
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **names)
 
 
 @pytest.mark.slow
@@ -729,9 +806,69 @@ def test_llama_cpp_computes_the_cut_model(
     name: str, changes: dict[str, Any], units: tuple[str, ...], form: str, checkout: str, tmp_path: Path
 ) -> None:
     model = cut(model_of(name, **changes), *units, form=form)
+    if "vocab_size" in changes:  # the converter wants one
+        model = replace(model, tokenizer=byte_level(changes["vocab_size"]))
     folder = gguf.write(filled(model) if form else model, tmp_path / "out", type="f32")
     proofs = runtimes.prove(folder, "llama.cpp", runtimes.refer(model))
     if form and "0.self_attn" in units:  # the one head that holds the constant
         proofs = [proof for proof in proofs if not proof.name.startswith("KV cache")]
     assert [proof for proof in proofs if not proof.passed] == []
     assert len(proofs) >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:this model has no tokenizer")
+@pytest.mark.parametrize(
+    ("name", "unit", "part"),
+    [("gemma2", "0", "faithful"), ("qwen2", "0.self_attn", "interleaved"), ("llama", "2.mlp", "NARROW")],
+)
+def test_llama_cpp_sees_what_was_not_put_right(
+    name: str, unit: str, part: str, checkout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin: windows that are not said, rows in the other order, and an MLP of width 0."""
+    stack = importlib.import_module("depthprune.export.deci")
+    if part == "faithful":
+        monkeypatch.setattr(gguf, part, lambda file, config: file)
+    else:
+        monkeypatch.setattr(stack, part, 0 if part == "NARROW" else lambda data, heads: data)
+    if part == "NARROW":
+        monkeypatch.setattr(stack, "_narrow", lambda index, width: {})
+    model = cut(model_of(name), unit)
+    folder = gguf.write(model, tmp_path / "out", type="f32")
+    proofs = runtimes.prove(folder, "llama.cpp", runtimes.refer(model))
+    assert any(not proof.passed and proof.name.startswith(("log-prob", "runs")) for proof in proofs), proofs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [byte_level, pieces])
+def test_llama_cpp_makes_the_same_tokens(
+    make: Callable[[], PreTrainedTokenizerFast], checkout: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    tokenizer = make()
+    model = replace(cut(model_of("llama", vocab_size=len(tokenizer)), "1.self_attn"), tokenizer=tokenizer)
+    folder = gguf.write(model, tmp_path / "out", type="q8_0")
+    fields = gguf_file.read(folder / "model.gguf").fields
+    assert fields["tokenizer.ggml.pre"].value == ("gpt-2" if make is byte_level else "default")
+    assert [str(warning.message) for warning in recwarn if "llama.cpp" in str(warning.message)] == []
+    scores = {name: field for name, field in fields.items() if name.endswith("scores")}
+    if make is pieces:  # the twin: with the scores that the converter gives, llama.cpp merges in another order
+        [name] = scores
+        flat = replace(scores[name], value=[-1000.0] * len(tokenizer))
+        file = gguf_file.read(folder / "model.gguf")
+        gguf_file.write(replace(file, fields={**file.fields, name: flat}), tmp_path / "flat.gguf")
+        assert "other tokens" in llama_cpp.splitting(tmp_path / "flat.gguf", "default", tokenizer)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q4_k_m", "q4_0"])
+def test_coarser_files_stay_near(kind: str, checkout: str, tmp_path: Path) -> None:
+    model = cut(load(demo.unpack(tmp_path / "demo"), device="cpu"), "0.self_attn", "5.self_attn", "6.mlp", "9")
+    folder = gguf.write(model, tmp_path / "out", type=kind)
+    reference = runtimes.refer(model)
+    answer = runtimes.ask(folder / "model.gguf", "llama.cpp", vars(reference))
+    gaps = [abs(a - b) for a, b in zip(answer["logprobs"], reference.logprobs, strict=True)]
+    assert sum(gaps) / len(gaps) <= {"f16": 0.003, "bf16": 0.03, "q8_0": 0.06}.get(kind, 0.4)
+    assert answer["kv_layers"] == reference.attentions == 13
+    assert answer["kv_bytes"] == 13 * 2 * 64 * 4
+    assert answer["dtype"] == ("quantized" if kind.startswith("q4") else "float16")
+    assert (folder / "model.gguf").stat().st_size < {"f16": 0.6, "bf16": 0.6, "q8_0": 0.35}.get(kind, 0.3) * 32e6

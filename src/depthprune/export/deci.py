@@ -74,6 +74,7 @@ def deci(file: File, gone: Mapping[int, frozenset[str]], constants: Mapping[tupl
 
     fields = {name.replace(f"{file.architecture}.", "deci.", 1) if name.startswith(f"{file.architecture}.") else name: f
               for name, f in file.fields.items()}  # fmt: skip
+    fields.pop("general.size_label", None)  # counts the zeros
     fields["deci.attention.head_count"] = Field(queries, "ARRAY", "UINT32")
     fields["deci.attention.head_count_kv"] = Field(keys, "ARRAY", "UINT32")
     fields["deci.feed_forward_length"] = Field(widths, "ARRAY", "UINT32")

@@ -21,11 +21,13 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from depthprune import skip
+from depthprune.discover import PROBE, REFUSALS
 from depthprune.errors import ExportError
 from depthprune.files import new_folder, place, write_json
 from depthprune.layout import blocks_of
 from depthprune.model import Model, auto_name
 from depthprune.offload import hold, offloaded
+from depthprune.record import close
 from depthprune.surgery import unmark
 
 MODELLING = "modeling_depthprune"
@@ -58,7 +60,7 @@ def write(model: Model, path: str | Path) -> Path:
                     _block_by_block(model, folder)
                 else:
                     net.save_pretrained(folder, state_dict=_state(net, model.dtype))
-            if uneven(model) and auto_name(config.to_dict()) == "AutoModelForCausalLM":
+            if uneven(model) and _plain_head(model):
                 config.architectures = [ARCHITECTURE]  # which vLLM knows once depthprune is installed, and only then
             config.dtype = model.dtype  # where transformers has put the type that the network computes in
             config.save_pretrained(folder)
@@ -90,6 +92,22 @@ def whole_config(model: Model) -> Any:
     unmark(config.get_text_config(decoder=True))
     vars(config).pop("auto_map", None)
     return config
+
+
+@torch.no_grad()
+def _plain_head(model: Model) -> bool:
+    """Whether logits are made of the last stream as vLLM's Transformers backend makes them; Granite's are not."""
+    net, text = model.net, model.net.config.get_text_config(decoder=True)
+    if auto_name(net.config.to_dict()) != "AutoModelForCausalLM":
+        return False
+    tokens = torch.randint(model.vocabulary, PROBE, generator=torch.Generator().manual_seed(5)).to(model.device)
+    try:
+        want = net(tokens, use_cache=False).logits
+        have = net.get_output_embeddings()(net.base_model(tokens, use_cache=False).last_hidden_state)
+    except REFUSALS:
+        return False
+    have, bound = have * getattr(text, "logit_scale", 1.0), getattr(text, "final_logit_softcapping", None)
+    return close(torch.tanh(have / bound) * bound if bound else have, want)
 
 
 def plain(model: Model, path: str | Path) -> Path:

@@ -167,5 +167,5 @@ def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 def _last(done: subprocess.CompletedProcess[str]) -> str:
     """The last line that says something, which is the error's."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    said = [line for line in lines if not line.startswith(("INFO", "File", "^", "~"))]
+    said = [line for line in lines if not line.startswith(("INFO", 'File "', "^", "~"))]
     return ((said or lines or [f"exit {done.returncode}"])[-1]).removeprefix("ERROR:hf-to-gguf:")[:300]

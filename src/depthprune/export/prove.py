@@ -109,7 +109,8 @@ def examine(item: dict[str, Any]) -> dict[str, Any]:
         result["gap"] = (logits.float().cpu() - probe["logits"].float()).abs().max().item()
     if "long" in probe:
         late = late_logits(net, probe["long"].to(item["device"]))
-        result["gap"] = max(result["gap"], (late - probe["late_logits"]).abs().max().item())
+        late_gap = (late - probe["late_logits"]).abs().max().item()
+        result["gap"] = torch.tensor([result["gap"], late_gap]).max().item()  # NaN, if either is
     item["found"]["stage"] = "cached generation"
     result["generation_gap"] = generation_gap(net, tokens)
     result["stepping_gap"] = stepping_gap(net, tokens)

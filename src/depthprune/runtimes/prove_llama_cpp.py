@@ -6,8 +6,8 @@ a folder with ``model.gguf``, or a file. Prints one line,
 
 Keys and values are kept in float32, and flash attention, which rounds to float16, is off. How many layers have keys is
 read off the bytes that llama.cpp says it allocated for them; ``kv_bytes`` are those of keys and values for each token,
-as llama.cpp allocates them by default. ``dtype`` is float16 where the file, or llama.cpp's way to compute, is coarser
-than float32.
+as llama.cpp allocates them by default. ``dtype`` is there where the file, or llama.cpp's way to compute, is coarser
+than float32: float16, or quantized for less than 8 bits.
 """
 
 import ctypes
@@ -24,7 +24,10 @@ import numpy as np
 CELLS = 4096  # tokens with room in the cache: sizes are printed in hundredths of a MiB, so there have to be some
 MIB = 1 << 20
 ROUNDING = 0.006 * MIB
-COARSE = re.compile(r"gemma|gpt|phi|starcoder|bloom|falcon|mpt|stablelm_?gelu|bert")  # GELU from a table of float16
+GELU = re.compile(
+    r"bert|bloom|falcon|gemma|gpt2|gptj|gptneox|mpt|phi2|starcoder"
+)  # ggml has it from a table of float16
+HALF = ("1", "7", "32")  # file types f16, q8_0 and bf16
 CACHE = re.compile(r"size = +\S+ MiB \( *(\d+) cells.*?K \(f32\): +(\S+) MiB, V \(f32\): +(\S+) MiB")
 
 
@@ -51,7 +54,8 @@ def answer(request: dict[str, Any], log: list[str]) -> dict[str, Any]:
     while len(generated) < len(text) - len(prompt):
         generated.append(int(step(model, context, tokens, position, False)[-1].argmax()))
         tokens, position = generated[-1:], position + len(tokens)
-    coarse = meta(model, "general.file_type") != "0" or COARSE.search(meta(model, "general.architecture"))
+    kind = meta(model, "general.file_type")
+    exact = kind == "0" and not GELU.search(meta(model, "general.architecture"))
     found = {
         "version": f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}",
         "logprobs": chosen.tolist(),
@@ -59,7 +63,7 @@ def answer(request: dict[str, Any], log: list[str]) -> dict[str, Any]:
         "kv_layers": layers(loaded, kept),
         "kv_bytes": round(sum((keys + values) / cells for cells, keys, values in kept)),
     }
-    return found | ({"dtype": "float16"} if coarse else {})
+    return found if exact else found | {"dtype": "float16" if kind in ("0", *HALF) else "quantized"}
 
 
 def begin(model: Any, length: int, log: list[str], flash: int) -> Any:

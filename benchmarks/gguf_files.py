@@ -1,6 +1,6 @@
 """GGUF files of pruned models in llama.cpp: equal to PyTorch, what quantizing costs them, and how fast they decode.
 
-LLAMA_CPP=checkout DEPTHPRUNE_LLAMA=python python benchmarks/gguf.py MODEL CALIBRATION TEST --out gguf.json
+LLAMA_CPP=checkout DEPTHPRUNE_LLAMA=python python benchmarks/gguf_files.py MODEL CALIBRATION TEST --out gguf_files.json
 
 Needs llama.cpp's converter and a Python with llama-cpp-python (docs/deploy.md says how to get both). The plans are for
 24 blocks; ``--plans FILE`` takes others, as ``{"name": ["4.mlp", …]}``. Three parts: ``equal`` (log-probabilities,
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("calibration")
     parser.add_argument("test")
-    parser.add_argument("--out", default="gguf.json")
+    parser.add_argument("--out", default="gguf_files.json")
     parser.add_argument("--plans")
     parser.add_argument("--files", help="a folder to keep the GGUF files in")
     parser.add_argument("--parts", default="equal,perplexity,speed")
@@ -180,7 +180,7 @@ def main() -> None:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "command": " ".join(["python", "benchmarks/gguf.py", *(Path(word).name for word in sys.argv[1:])]),
+        "command": " ".join(["python", "benchmarks/gguf_files.py", *(Path(word).name for word in sys.argv[1:])]),
         "model": model.reference.fingerprint,
         "text": {"digest": text.digest, "windows": arguments.windows, "tokens": arguments.windows * 511},
         "plans": {name: [str(u) for u in cut.plan.drop] if cut.plan else [] for name, cut in models.items()},
