@@ -3,7 +3,8 @@
 python benchmarks/serve.py [MODEL] [--python vllm=PATH mlx=PATH llama.cpp=PATH] --out serve.json
 
 Each folder is run in a process of its own: the same greedy 64 tokens, log-probabilities within 1e-4 nats of PyTorch in
-float32, as many layers in the KV cache as attentions are left, and the time of a decoded token beside the dense model's.
+float32, as many layers in the KV cache as attentions are left, and the time of a decoded token beside the dense
+model's.
 Without MODEL: the one that comes with depthprune. A runtime that is not named is looked for as ``check`` does.
 """
 

@@ -418,11 +418,17 @@ def test_windows_that_cannot_be_said_are_refused() -> None:
         faithful(said("llama4", block_count=count(2)), SimpleNamespace(layer_types=["chunked_attention", F]))
 
 
-def test_windows_of_all_blocks_that_llama_cpp_ignores_are_warned_of() -> None:
-    with pytest.warns(UserWarning, match="no sliding windows for llama: texts longer than 8 tokens"):
-        faithful(said("llama", block_count=count(2)), SimpleNamespace(sliding_window=8))
-    file = said("phi3", block_count=count(2), attention__sliding_window=count(8))
-    assert faithful(file, SimpleNamespace(sliding_window=8)) is file
+def test_windows_of_all_blocks_that_llama_cpp_ignores_are_refused_or_limit_the_text() -> None:
+    windowed = SimpleNamespace(sliding_window=8)
+    for name, fields in (("llama", {}), ("phi3", {"attention__sliding_window": count(8)})):
+        file = said(name, block_count=count(2), context_length=count(128), **fields)
+        with pytest.raises(ExportError, match=f"no sliding windows for {name}, and reads texts of over 8 tokens"):
+            faithful(file, windowed)
+        assert faithful(file, windowed, "limit").fields[f"{name}.context_length"].value == 8
+        short = said(name, block_count=count(2), context_length=count(8), **fields)
+        assert faithful(short, windowed).fields[f"{name}.context_length"].value == 8
+    file = said("mistral3", block_count=count(2), attention__sliding_window=count(8))
+    assert faithful(file, windowed) is file
 
 
 def test_windows_that_depend_on_the_number_of_blocks_are_refused() -> None:

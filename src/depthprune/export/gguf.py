@@ -35,7 +35,7 @@ QUANTIZED = (
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")  # of which sublayers can be missing
 
 
-def write(model: Model, path: str | Path, *, type: str = "f16", converter: str = "") -> Path:
+def write(model: Model, path: str | Path, *, type: str = "f16", converter: str = "", windows: str = "refuse") -> Path:
     """Write a folder with ``model.gguf``, which llama.cpp loads, and the plan.
 
     Whole-block plans become a file of the model's own architecture; plans that drop attentions or MLPs of Llama,
@@ -46,12 +46,16 @@ def write(model: Model, path: str | Path, *, type: str = "f16", converter: str =
 
     ``type`` is that of the weights: f32, f16, bf16 and q8_0 come from the converter, q4_k_m and the like from
     llama.cpp's quantizer. ``converter`` is ``convert_hf_to_gguf.py`` or a checkout of llama.cpp that holds it; by
-    default ``$LLAMA_CPP``, then the path. Tokens are compared with those of llama.cpp where it can be run.
+    default ``$LLAMA_CPP``, then the path. ``windows=limit`` is for families whose sliding windows llama.cpp ignores:
+    the file then says that texts are no longer than a window. Tokens are compared with those of llama.cpp where it can
+    be run.
     Raises ``OptionError`` for an unknown type and a missing tool, ``ExportError`` where llama.cpp cannot express the
     plan.
     """
     if type not in CONVERTED + QUANTIZED:
         raise unknown("GGUF type", type, CONVERTED + QUANTIZED)
+    if windows not in ("refuse", "limit"):
+        raise unknown("windows", windows, ("refuse", "limit"))
     path = place(path, folder=True)
     script = llama_cpp.converter(converter)
     gguf_file.library()
@@ -65,7 +69,7 @@ def write(model: Model, path: str | Path, *, type: str = "f16", converter: str =
         first = type if type in CONVERTED else exact
         target = llama_cpp.convert(script, source, work / NAME, first, vocabulary=model.tokenizer is not None)
         converted = gguf_file.read(target)
-        file = faithful(converted, model.net.config.get_text_config(decoder=True))
+        file = faithful(converted, model.net.config.get_text_config(decoder=True), windows)
         file = _with_tokenizer(file, target, source, model.tokenizer)
         if gone:
             file = deci(file, gone, constants)

@@ -6,7 +6,6 @@ families the scale of the attention. A file can say only the first, and only to 
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from depthprune.errors import ExportError
@@ -15,15 +14,17 @@ from depthprune.export.gguf_file import Field, File
 PATTERN = "attention.sliding_window_pattern"
 LISTED = ("cohere2", "exaone4", "gemma2", "gemma3", "gemma3n", "olmo2")  # read the list of windows from the file
 COUNTED = {"exaone4": 64}  # have windows only with this many blocks
+UNWINDOWED = ("phi3",)  # whose windows llama.cpp reads from the file and does not use
 UNTURNED = {"smollm3": 4, "llama4": 4}  # every so many blocks one has no rotary positions
 SCALED = {"gemma2": 46, "gemma3": 62}  # with this many blocks the scale is that of the largest model
 SILU = ("llama", "qwen2", "qwen3", "olmo2", "smollm3")  # whose MLPs are always SiLU
 _CAN = "form hf can"
 
 
-def faithful(file: File, config: Any) -> File:
+def faithful(file: File, config: Any, windows: str = "refuse") -> File:
     """The file with what llama.cpp has to be told; ``config`` is the decoder's configuration.
 
+    Where llama.cpp has no sliding windows, ``windows="limit"`` makes a file for texts no longer than one window.
     Raises ``ExportError`` where it would compute something else than the model and cannot be told.
     """
     name, blocks = file.architecture, int(file.own("block_count"))
@@ -32,10 +33,10 @@ def faithful(file: File, config: Any) -> File:
         raise ExportError(f"form gguf: llama.cpp computes {name} with silu, this model has {activation}; {_CAN}")
     _positions(name, config)
     _scale(name, blocks, config)
-    return _windows(file, blocks, config)
+    return _windows(file, blocks, config, windows == "limit")
 
 
-def _windows(file: File, blocks: int, config: Any) -> File:
+def _windows(file: File, blocks: int, config: Any, limit: bool) -> File:
     name, kinds = file.architecture, getattr(config, "layer_types", None)
     size = getattr(config, "sliding_window", None)
     if kinds is None:  # families of one kind
@@ -52,12 +53,14 @@ def _windows(file: File, blocks: int, config: Any) -> File:
             raise ExportError(f"form gguf: llama.cpp has every fourth block of {name} read all text; {_CAN}")
     elif any(windows) and not all(windows):
         raise ExportError(f"form gguf: llama.cpp cannot be told which blocks of {name} have sliding windows; {_CAN}")
-    elif any(windows) and f"{name}.attention.sliding_window" not in file.fields:
-        warnings.warn(
-            f"llama.cpp has no sliding windows for {name}: texts longer than {size} tokens are read differently",
-            UserWarning,
-            stacklevel=4,
-        )
+    elif any(windows) and (name in UNWINDOWED or f"{name}.attention.sliding_window" not in file.fields):
+        length = f"{name}.context_length"
+        if not limit and (length not in file.fields or file.fields[length].value > size):
+            raise ExportError(
+                f"form gguf: llama.cpp has no sliding windows for {name}, and reads texts of over {size} tokens in "
+                f"another way; gguf:windows=limit makes a file for texts up to that; {_CAN}"
+            )
+        file = File(name, {**file.fields, length: Field(size, "UINT32")}, file.tensors)
     if any(windows) and COUNTED.get(name, blocks) != blocks:
         raise ExportError(
             f"form gguf: llama.cpp gives {name} sliding windows only with {COUNTED[name]} blocks, not {blocks}; {_CAN}"
