@@ -152,6 +152,15 @@ def test_a_quantized_model_is_not_quantized_again(fake: list[Any], tmp_path: Pat
     quantize(model, tmp_path / "out", "w8a8")
 
 
+def test_weights_that_wait_elsewhere_are_refused(
+    fake: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MODULE, "offloaded", lambda net: True)
+    with pytest.raises(ExportError, match="whole in memory: load it with --place whole$"):
+        quantize(wide(), tmp_path / "out", "w8a8")
+    assert not fake
+
+
 # What is quantized
 
 
@@ -369,6 +378,26 @@ def test_the_libraries_are_silent_and_errors_are_not(capsys: pytest.CaptureFixtu
         raise ValueError("what fails")
     print("after")
     assert capsys.readouterr().out == "after\n"
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_memory_is_pinned_only_where_there_is_an_accelerator(
+    accelerator: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Cache:
+        def pin_memory(self, batch: int) -> None:
+            raise RuntimeError("Cannot access accelerator device when none is available.")
+
+    original = Cache.pin_memory
+    monkeypatch.setattr(MODULE.importlib, "import_module", lambda name: SimpleNamespace(IntermediatesCache=Cache))
+    monkeypatch.setattr(MODULE.torch.accelerator, "is_available", lambda: accelerator)
+    with MODULE._pinned():
+        if accelerator:
+            with pytest.raises(RuntimeError):
+                Cache().pin_memory(0)
+        else:
+            Cache().pin_memory(0)
+    assert Cache.pin_memory is original
 
 
 # With the libraries
