@@ -2,7 +2,7 @@
 
 Reads a request (JSON) from its first argument and prints one line. ``{"do": "loss", "files": {name: path},
 "windows": [[…], …]}`` is answered by the mean loss of each file, ``{"do": "speed", "files": …, "rounds": n,
-"tokens": n}`` by the seconds of each round of each.
+"tokens": n, "threads": n}`` by the seconds of each round of each, by the clock and of the processor's.
 """
 
 import json
@@ -17,14 +17,14 @@ import numpy as np
 PROMPT = 16
 
 
-def load(path: str, length: int) -> tuple[Any, Any]:
+def load(path: str, length: int, threads: int = 0) -> tuple[Any, Any]:
     """A model, and a context with llama.cpp's own choices."""
     options = llama_cpp.llama_model_default_params()
     options.n_gpu_layers = 0
     model = llama_cpp.llama_model_load_from_file(path.encode(), options)
     settings = llama_cpp.llama_context_default_params()
     settings.n_ctx = settings.n_batch = settings.n_ubatch = length
-    settings.n_threads = settings.n_threads_batch = os.cpu_count() or 1
+    settings.n_threads = settings.n_threads_batch = threads or os.cpu_count() or 1
     return model, llama_cpp.llama_init_from_model(model, settings)
 
 
@@ -64,19 +64,19 @@ def loss(path: str, windows: list[list[int]]) -> float:
     return total / count
 
 
-def speed(files: dict[str, str], rounds: int, tokens: int) -> dict[str, list[float]]:
-    """The seconds that each file takes to decode some tokens after a prompt, all files in turn, round by round."""
-    contexts = {name: load(path, PROMPT + tokens)[1] for name, path in files.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in files}
+def speed(files: dict[str, str], rounds: int, tokens: int, threads: int) -> dict[str, list[tuple[float, float]]]:
+    """What each file takes to decode some tokens after a prompt, all files in turn, round by round."""
+    contexts = {name: load(path, PROMPT + tokens, threads)[1] for name, path in files.items()}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in files}
     for number in range(rounds + 1):
         for name, context in contexts.items():
             clear(context)
             decode(context, list(range(5, 5 + PROMPT)), 0, False)
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.process_time()
             for position in range(PROMPT, PROMPT + tokens):
                 decode(context, [position], position, False)
             if number:  # the first round warms up
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append((time.perf_counter() - began, time.process_time() - worked))
     return seconds
 
 
@@ -89,7 +89,7 @@ def main() -> None:
     if request["do"] == "loss":
         print(json.dumps({name: loss(path, request["windows"]) for name, path in request["files"].items()}))
     else:
-        print(json.dumps(speed(request["files"], request["rounds"], request["tokens"])))
+        print(json.dumps(speed(request["files"], request["rounds"], request["tokens"], request["threads"])))
 
 
 if __name__ == "__main__":

@@ -440,6 +440,18 @@ def test_windows_that_depend_on_the_number_of_blocks_are_refused() -> None:
         faithful(file, SimpleNamespace(layer_types=[S] * 2))
 
 
+@pytest.mark.parametrize(("blocks", "normed", "right"), [(40, 0, 1), (64, 1, 1), (56, 1, 0), (64, 0, 0)])
+def test_norms_of_queries_depend_on_the_number_of_blocks(blocks: int, normed: int, right: int) -> None:
+    """Command R+ has 64 blocks and norms, Command R has neither; a pruned Command R+ would not load."""
+    tensors = {"blk.0.attn_q_norm.weight": Tensor(np.ones((2, 8), np.float32), "F32")} if normed else {}
+    file = replace(said("command-r", block_count=count(blocks)), tensors=tensors)
+    if right:
+        assert faithful(file, SimpleNamespace()) is file
+    else:
+        with pytest.raises(ExportError, match=r"takes such a command-r only with (64 blocks or more|fewer than 64)"):
+            faithful(file, SimpleNamespace())
+
+
 @pytest.mark.parametrize("name", ["smollm3", "llama4"])
 def test_blocks_without_rotary_positions_have_to_be_every_fourth(name: str) -> None:
     file = said(name, block_count=count(5))

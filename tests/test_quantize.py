@@ -156,7 +156,7 @@ def test_weights_that_wait_elsewhere_are_refused(
     fake: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(MODULE, "offloaded", lambda net: True)
-    with pytest.raises(ExportError, match="whole in memory: load it with --place whole$"):
+    with pytest.raises(ExportError, match=r"whole in memory: load it with --place whole$"):
         quantize(wide(), tmp_path / "out", "w8a8")
     assert not fake
 

@@ -15,6 +15,7 @@ PATTERN = "attention.sliding_window_pattern"
 LISTED = ("cohere2", "exaone4", "gemma2", "gemma3", "gemma3n", "olmo2")  # read the list of windows from the file
 COUNTED = {"exaone4": 64}  # have windows only with this many blocks
 UNWINDOWED = ("phi3",)  # whose windows llama.cpp reads from the file and does not use
+NORMED = {"command-r": 64}  # with this many blocks and more, queries and keys have norms
 UNTURNED = {"smollm3": 4, "llama4": 4}  # every so many blocks one has no rotary positions
 SCALED = {"gemma2": 46, "gemma3": 62}  # with this many blocks the scale is that of the largest model
 SILU = ("llama", "qwen2", "qwen3", "olmo2", "smollm3")  # whose MLPs are always SiLU
@@ -31,6 +32,10 @@ def faithful(file: File, config: Any, windows: str = "refuse") -> File:
     activation = getattr(config, "hidden_act", "silu")
     if name in SILU and activation not in ("silu", "swish"):
         raise ExportError(f"form gguf: llama.cpp computes {name} with silu, this model has {activation}; {_CAN}")
+    normed = any(tensor.endswith("attn_q_norm.weight") for tensor in file.tensors)
+    if name in NORMED and normed != (blocks >= NORMED[name]):
+        rule = f"{NORMED[name]} blocks or more" if normed else f"fewer than {NORMED[name]} blocks"
+        raise ExportError(f"form gguf: llama.cpp takes such a {name} only with {rule}, not {blocks}; {_CAN}")
     _positions(name, config)
     _scale(name, blocks, config)
     return _windows(file, blocks, config, windows == "limit")
