@@ -104,24 +104,30 @@ def touched(path: Path) -> int:
     return sum(tensor.data.nbytes for name, tensor in tensors.items() if name not in lookup)
 
 
-def perplexity(files: dict[tuple[str, str], Path], windows: list[list[int]]) -> list[dict[str, Any]]:
+def perplexity(
+    files: dict[tuple[str, str], Path], windows: list[list[int]], asked: argparse.Namespace
+) -> list[dict[str, Any]]:
     """Perplexity of every file, and what each type costs a plan next to what it costs the dense model."""
-    losses = run({"do": "loss", "files": {f"{n}|{t}": str(p) for (n, t), p in files.items()}, "windows": windows})
+    losses = {}
+    for (name, kind), path in files.items():
+        losses[name, kind] = run({"do": "loss", "file": str(path), "windows": windows, "threads": asked.threads})[
+            "loss"
+        ]
+        print(f"{name}, {kind}: {math.exp(losses[name, kind]):.4f}", flush=True)
     rows = []
     for name, kind in files:
-        dense_rise = losses[f"{DENSE}|{kind}"] - losses[f"{DENSE}|f32"]
-        rise = losses[f"{name}|{kind}"] - losses[f"{name}|f32"]
+        dense_rise = losses[DENSE, kind] - losses[DENSE, "f32"]
+        rise = losses[name, kind] - losses[name, "f32"]
         rows.append(
             {
                 "plan": name,
                 "type": kind,
                 "bytes": files[name, kind].stat().st_size,
-                "perplexity": math.exp(losses[f"{name}|{kind}"]),
+                "perplexity": math.exp(losses[name, kind]),
                 "rise": math.exp(rise) - 1,
                 "rise_of_dense": math.exp(dense_rise) - 1,
             }
         )
-        print(rows[-1], flush=True)
     return rows
 
 
@@ -169,7 +175,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=0, help="of decoding; 0: one for each core")
+    parser.add_argument("--threads", type=int, default=0, help="of llama.cpp; 0: one for each core")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     model = dp.load(arguments.model, dtype="float32", device="cpu")
@@ -201,7 +207,7 @@ def main() -> None:
         result["seconds_to_write"] = writing
         parts = {
             "equal": lambda: equal(models, files),
-            "perplexity": lambda: perplexity(files, text.tokens.tolist()),
+            "perplexity": lambda: perplexity(files, text.tokens.tolist(), arguments),
             "speed": lambda: speed(files, arguments),
         }
         for part in arguments.parts.split(","):

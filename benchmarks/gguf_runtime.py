@@ -1,7 +1,7 @@
 """The part of gguf_files.py that llama.cpp runs: losses and times of several files. Imports nothing of depthprune.
 
-Reads a request (JSON) from its first argument and prints one line. ``{"do": "loss", "files": {name: path},
-"windows": [[…], …]}`` is answered by the mean loss of each file, ``{"do": "speed", "files": …, "rounds": n,
+Reads a request (JSON) from its first argument and prints one line. ``{"do": "loss", "file": path, "windows": [[…], …],
+"threads": n}`` is answered by the mean loss of a file, ``{"do": "speed", "files": {name: path}, "rounds": n,
 "tokens": n, "threads": n}`` by the seconds of each round of each, by the clock and of the processor's.
 """
 
@@ -45,9 +45,9 @@ def clear(context: Any) -> None:
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), False)
 
 
-def loss(path: str, windows: list[list[int]]) -> float:
+def loss(path: str, windows: list[list[int]], threads: int) -> float:
     """The mean loss of every token but the first of each window."""
-    model, context = load(path, len(windows[0]))
+    model, context = load(path, len(windows[0]), threads)
     size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
     total, count = 0.0, 0
     for window in windows:
@@ -87,7 +87,7 @@ def main() -> None:
     with open(sys.argv[1], encoding="utf-8") as file:
         request = json.load(file)
     if request["do"] == "loss":
-        print(json.dumps({name: loss(path, request["windows"]) for name, path in request["files"].items()}))
+        print(json.dumps({"loss": loss(request["file"], request["windows"], request["threads"])}))
     else:
         print(json.dumps(speed(request["files"], request["rounds"], request["tokens"], request["threads"])))
 

@@ -15,6 +15,7 @@ import math
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import transformers
 
 import depthprune as dp
 from depthprune.data import Data, calibrate
-from depthprune.export.quantize import WAYS, quantize
+from depthprune.export.quantize import LLM_COMPRESSOR, WAYS, quantize
 from depthprune.model import Model
 from depthprune.plan import Plan
 from depthprune.surgery import without
@@ -75,6 +76,12 @@ class Bench:
         print(f"{math.exp(loss):8.3f}  {text}", flush=True)
         return loss
 
+    def loaded(self, folder: Path, how: str) -> Any:
+        """What transformers makes of a folder; it computes in float32 where the library can."""
+        dtype: Any = torch.float32 if WAYS[how].library == LLM_COMPRESSOR else "auto"
+        net = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=self.arguments.device)
+        return net.eval()
+
     def quantized(self, model: Model, name: str, how: str, plain: float, dense_cost: float | None) -> float:
         """Quantize a model, read the folder and measure it; for the dense one also with the cuts muted."""
         folder = Path(self.arguments.scratch) / f"{name}-{how}".replace(" ", "-").replace("%", "")
@@ -83,7 +90,7 @@ class Bench:
         quantize(model, folder, how, self.rows)
         seconds = time.perf_counter() - began
         record = json.loads((folder / "quantization.json").read_text(encoding="utf-8"))
-        found = dp.load(folder, dtype="float32", device=self.arguments.device)
+        found = replace(model, net=self.loaded(folder, how))
         row: dict[str, Any] = {"model": name, "how": how, "order": "prune, quantize" if model.plan else ""}
         row |= {"bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")), "seconds": seconds}
         row |= {"group": record["group"], "logit_error": record["logit_error"], "library": record["made_by"]}

@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--python", nargs="*", default=[], metavar="RUNTIME=PATH")
     parser.add_argument("--runtimes", nargs="+", default=list(runtimes.RUNTIMES), choices=list(runtimes.RUNTIMES))
     parser.add_argument("--forms", nargs="+", default=list(FORMS))
+    parser.add_argument("--plans", nargs="+", help="only these; dense is one")
     parser.add_argument("--new", type=int, default=128, help="tokens that are decoded for the time")
     parser.add_argument("--repeats", type=int, default=3, help="texts that are timed; the least counts")
     parser.add_argument("--out", default="serve.json")
@@ -111,6 +112,8 @@ def main() -> None:
     }
     try:
         for name, smaller in every.items():
+            if arguments.plans and name not in arguments.plans:
+                continue
             reference = runtimes.refer(smaller)
             for form in arguments.forms:
                 row: dict[str, Any] = {"plan": name, "form": form.partition(":")[0]}

@@ -34,7 +34,8 @@ OPTIONS = {
     "bench": "--batch --prompt --new --repeats --out",
     "bridges": "--blocks",
     "push": "--private --revision --message",
-    "export": "--form --out --push-to-hub --private --tokenizer --revision --allow-pickle --trust-remote-code --place",
+    "export": "--form --quantize --data --out --push-to-hub --private "
+    "--tokenizer --revision --allow-pickle --trust-remote-code --place",
     "report": "--open",
     "prune": "--drop --data --out --demo --recover --recover-data --recover-sequences --text --form --no-bench "
     "--resume --overwrite --memory --protect --push-to-hub --private "

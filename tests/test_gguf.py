@@ -28,7 +28,7 @@ from cuts import cut
 from depthprune import demo, runtimes
 from depthprune.errors import ExportError, OptionError
 from depthprune.export import export, gguf, gguf_file, llama_cpp, run_converter
-from depthprune.export.deci import deci, interleaved
+from depthprune.export.deci import deci, interleaved, trimmed
 from depthprune.export.gguf_file import Array, Field, File, Tensor
 from depthprune.export.gguf_traps import faithful
 from depthprune.model import Model, load, wrap
@@ -340,6 +340,17 @@ def test_biases_that_are_zero_are_left_out() -> None:
     source = zeroed(llama(), GONE)
     file = deci(replace(source, tensors={**source.tensors, **extra}), GONE, {})
     assert [name for name in file.tensors if name.endswith("bias")] == ["blk.3.attn_v.bias"]
+    assert trimmed(source) is source, "there is nothing to leave out"
+
+
+@pytest.mark.filterwarnings("ignore:this model has no tokenizer")
+def test_whole_block_plans_keep_only_the_biases_that_stand_in(own_converter: str, tmp_path: Path) -> None:
+    model = cut(model_of("llama"), "1", "3", form="bias")
+    with torch.no_grad():
+        model.net.model.layers[0].mlp.down_proj.bias.fill_(0.5)
+    file = gguf_file.read(gguf.write(model, tmp_path / "out", converter=own_converter) / "model.gguf")
+    assert file.architecture == "llama"
+    assert [name for name in file.tensors if name.endswith("bias")] == ["blk.0.ffn_down.bias"]
 
 
 def test_what_is_not_zero_is_not_dropped() -> None:

@@ -27,7 +27,7 @@ LEVELS = {
         (
             "errors files registry units scores budget sizes plan select recipes",
             "layout discover families record offload model surgery shrink skip standin writers decilm "
-            "vllm_plugin data tasks rows sources hub dist demo",
+            "vllm_plugin dequantize data tasks rows sources hub dist demo",
             "walk measures timing variants oracle mixed metrics recover prompts selfwritten export runtimes "
             "evaluate bench",
             "run charts report compare planning pruning claim recovering stages console options tables serving "

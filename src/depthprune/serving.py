@@ -9,11 +9,15 @@ import typer
 
 from depthprune import options, registry
 from depthprune.console import Console
-from depthprune.errors import OptionError
+from depthprune.errors import OptionError, unknown
 from depthprune.files import place
-from depthprune.options import Common, FormOption, Loading, OutOption, option
+from depthprune.options import Calibration, Common, FormOption, Loading, OutOption, option
 from depthprune.plan import Plan
 
+QUANTIZE_HELP = (
+    "Fewer bits: `w4a16` (rounded), `gptq`, `awq` (both need --data), `w8a16`, `w8a8`, `fp8` by llm-compressor, which "
+    "vLLM serves; `int8` by torchao; `nf4`, `int8-bnb` by bitsandbytes."
+)
 PushOption = Annotated[str | None, option("--push-to-hub", "Upload the folder to this repository of the Hub.")]
 PrivateOption = Annotated[bool, option("--private", "Make the repository a private one.")]
 
@@ -70,22 +74,42 @@ def export(
     out: OutOption,
     loading: Loading,
     common: Common,
+    calibration: Calibration,
     form: FormOption = "hf",
+    quantize: Annotated[str | None, option("--quantize", QUANTIZE_HELP)] = None,
+    data: Annotated[str | None, option("--data", "Text that gptq and awq look at: " + options.DATA_HELP)] = None,
     push_to_hub: PushOption = None,
     private: PrivateOption = False,
 ) -> None:
     """Write a model again in another form, with its plan, and prove it where that form runs."""
     registry.find("forms", form)
+    if quantize is not None:
+        from depthprune.export.ways import WAYS
+
+        if form != "hf":
+            raise OptionError(f"--quantize is for --form hf, not {form}; GGUF types are --form gguf:type=q4_k_m")
+        if quantize not in WAYS:
+            raise unknown("way to quantize", quantize, WAYS)
+        if WAYS[quantize].needs_data and data is None:
+            raise OptionError(f"--quantize {quantize} looks at text: give --data FILE")
     place(out, folder=True)
     from depthprune import recovering
-    from depthprune.export import expect_as_it_is, write
+    from depthprune.export import check_many, expect_as_it_is, write
     from depthprune.runtimes import prove_written
 
     made = options.load(folder, common, loading)
     if (Path(folder) / "plan.json").is_file():
         made = recovering.reopen(made, Path(folder))
-    write.export(made, out, form)
-    judged(console, prove_written(out, made, expect_as_it_is(made), console.say), f"written to {out}")
+    if quantize is None:
+        write.export(made, out, form)
+        proofs = prove_written(out, made, expect_as_it_is(made), console.say)
+    else:
+        from depthprune.export.quantize import quantize as pack
+
+        rows = None if data is None else options.text(data, made, calibration, common)
+        pack(made, out, quantize, rows)
+        proofs = check_many({out: None})[out]  # its numbers are others: those of its perplexity are to be compared
+    judged(console, proofs, f"written to {out}")
     if push_to_hub:
         from depthprune.export.push import push as upload
 

@@ -42,6 +42,7 @@ def deci(file: File, gone: Mapping[int, frozenset[str]], constants: Mapping[tupl
     Raises ``ExportError`` for files that are not shaped like Llama's.
     """
     _refuse(file)
+    file = trimmed(file)
     count, width = int(file.own("block_count")), int(file.own("embedding_length"))
     heads, groups = int(file.own("attention.head_count")), int(file.own("attention.head_count_kv"))
     head = int(file.own("attention.key_length") or width // heads)
@@ -56,8 +57,7 @@ def deci(file: File, gone: Mapping[int, frozenset[str]], constants: Mapping[tupl
             continue
         turned = name.split(".")[2:3] in (["attn_q"], ["attn_k"]) and file.architecture == "qwen2"
         data = interleaved(tensor.data, heads if "attn_q" in name else groups) if turned else tensor.data
-        if not name.endswith(".bias") or np.any(data):  # those that some are given for the sake of others
-            tensors[name] = replace(tensor, data=data)
+        tensors[name] = replace(tensor, data=data)
 
     queries = [0 if index in lost["attention"] else heads for index in range(count)]
     keys = [0 if index in lost["attention"] else groups for index in range(count)]
@@ -80,6 +80,12 @@ def deci(file: File, gone: Mapping[int, frozenset[str]], constants: Mapping[tupl
     fields["deci.feed_forward_length"] = Field(widths, "ARRAY", "UINT32")
     fields["deci.attention.key_length"] = fields["deci.attention.value_length"] = Field(head, "UINT32")
     return File("deci", fields, tensors)
+
+
+def trimmed(file: File) -> File:
+    """A file without biases that are zero, which some maps have only because others were to have one."""
+    idle = {name for name, tensor in file.tensors.items() if name.endswith(".bias") and not np.any(tensor.data)}
+    return replace(file, tensors={n: t for n, t in file.tensors.items() if n not in idle}) if idle else file
 
 
 def interleaved(data: Array, heads: int) -> Array:

@@ -18,7 +18,7 @@ from huggingface_hub import try_to_load_from_cache
 from depthprune import skip
 from depthprune.errors import ExportError, unknown
 from depthprune.export import gguf_file, hf, llama_cpp, zeroed
-from depthprune.export.deci import deci
+from depthprune.export.deci import deci, trimmed
 from depthprune.export.gguf_file import Array, Field, File
 from depthprune.export.gguf_traps import faithful
 from depthprune.files import new_folder, place, read_json, write_json
@@ -73,6 +73,8 @@ def write(model: Model, path: str | Path, *, type: str = "f16", converter: str =
         file = _with_tokenizer(file, target, source, model.tokenizer)
         if gone:
             file = deci(file, gone, constants)
+        elif file.architecture == "llama":
+            file = trimmed(file)
         if file is not converted:
             target = gguf_file.write(file, work / "rewritten.gguf")
         if type in QUANTIZED:

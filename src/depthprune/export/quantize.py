@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 from depthprune.data import Data, Mixture, check_vocabulary
 from depthprune.errors import ExportError, OptionError, unknown
 from depthprune.export import hf
+from depthprune.export.ways import LLM_COMPRESSOR, NEEDS, TORCHAO, WAYS, Way
 from depthprune.files import new_folder, place, read_json, write_json, write_text
 from depthprune.layout import blocks_of
 from depthprune.model import Model, auto_name
@@ -39,45 +40,6 @@ from depthprune.skip import is_skip
 GROUPS = (128, 64, 32)  # sizes that the kernels of vLLM know, the smallest file first
 BATCH = 8  # rows of calibration that run together
 PROBE = (2, 32)
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to quantize: the library that does it, the bits of weights and activations, and how both are chosen.
-
-    ``grouped`` ways have a scale for each group of a row's weights, the others one for each row.
-    """
-
-    library: str
-    weights: int
-    activations: int = 16
-    kind: str = "int"
-    grouped: bool = False
-    method: str = "nearest"
-
-    @property
-    def needs_data(self) -> bool:
-        """Whether it looks at what the layers are given on a text."""
-        return self.method != "nearest"
-
-
-LLM_COMPRESSOR, TORCHAO, BITSANDBYTES = "llmcompressor", "torchao", "bitsandbytes"
-WAYS = {
-    "w4a16": Way(LLM_COMPRESSOR, 4, grouped=True),
-    "gptq": Way(LLM_COMPRESSOR, 4, grouped=True, method="gptq"),
-    "awq": Way(LLM_COMPRESSOR, 4, grouped=True, method="awq"),
-    "w8a16": Way(LLM_COMPRESSOR, 8),
-    "w8a8": Way(LLM_COMPRESSOR, 8, 8),
-    "fp8": Way(LLM_COMPRESSOR, 8, 8, "float"),
-    "int8": Way(TORCHAO, 8),
-    "int8-bnb": Way(BITSANDBYTES, 8, 8),
-    "nf4": Way(BITSANDBYTES, 4, kind="float"),
-}
-_NEEDS = {
-    LLM_COMPRESSOR: "llm-compressor: pip install 'depthprune[quantize]'",
-    TORCHAO: "torchao: pip install 'depthprune[torchao]'",
-    BITSANDBYTES: "bitsandbytes: pip install 'depthprune[bitsandbytes]'",
-}
 
 
 @dataclass(frozen=True)
@@ -153,7 +115,7 @@ def _library(how: str, way: Way) -> ModuleType:
         return found
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == way.library:
-            raise OptionError(f"--quantize {how} needs {_NEEDS[way.library]}") from None
+            raise OptionError(f"--quantize {how} needs {NEEDS[way.library]}") from None
         reason = str(error)
     except ImportError as error:
         reason = str(error)
