@@ -63,7 +63,7 @@ def cut(model: Model, name: str, units: Sequence[str]) -> Model:
     for parameter in standin.parameters(smaller):
         weight = smaller.net.get_parameter(parameter)
         with torch.no_grad():
-            weight.copy_(0.05 * torch.randn(weight.shape, generator=draw))
+            weight.copy_((0.05 * torch.randn(weight.shape, generator=draw)).to(model.dtype))  # as it is saved
     return smaller
 
 

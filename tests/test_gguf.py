@@ -857,7 +857,7 @@ def test_llama_cpp_sees_what_was_not_put_right(
     """The twin: windows that are not said, rows in the other order, and an MLP of width 0."""
     stack = importlib.import_module("depthprune.export.deci")
     if part == "faithful":
-        monkeypatch.setattr(gguf, part, lambda file, config: file)
+        monkeypatch.setattr(gguf, part, lambda file, config, windows: file)
     else:
         monkeypatch.setattr(stack, part, 0 if part == "NARROW" else lambda data, heads: data)
     if part == "NARROW":
