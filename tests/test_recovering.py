@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from command import Done, copy, hold, interrupt, leftovers, run
-from depthprune import recovering
+from depthprune import recovering, runtimes
 from depthprune.errors import OptionError
 from depthprune.evaluate import windows
 from depthprune.export import export, hf
@@ -47,7 +47,7 @@ def here(desk: Path, cut_once: Path) -> Path:
 @pytest.fixture
 def assumed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip the fresh process."""
-    monkeypatch.setattr(recovering, "check_many", hold)
+    monkeypatch.setattr(runtimes, "check_many", hold)
 
 
 @pytest.fixture
@@ -258,7 +258,7 @@ def test_ctrl_c_leaves_nothing_half_written(moment: str, here: Path, monkeypatch
     assert done.code == 1 and done.error and "Traceback" not in done.err
     assert not Path("out").exists() and not leftovers(here)
     assert digests((here / "cut").resolve()) == before
-    monkeypatch.setattr(recovering, "check_many", hold)
+    monkeypatch.setattr(runtimes, "check_many", hold)
     assert recover("--how", "linear").code == 0 and Path("out/config.json").is_file()
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from command import hold, run
-from depthprune import recovering, selfwritten
+from depthprune import runtimes, selfwritten
 from depthprune.data import Data, calibrate, digest
 from depthprune.errors import DataError, DepthpruneError, OptionError
 from depthprune.export import export
@@ -397,7 +397,7 @@ def test_recovery_asks_for_it_by_name(text: Path) -> None:
 
 
 def test_the_recover_command_reads_what_the_model_writes(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recovering, "check_many", hold)
+    monkeypatch.setattr(runtimes, "check_many", hold)
     dense = load("model")
     export(drop(dense, Plan(dense.reference, parse(("1", "2.self_attn")))), desk / "cut")
     how = ("recover", "cut", "--teacher", "model", "--sequences", 24, "--length", 32, "--json")
