@@ -83,7 +83,15 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         with torch.no_grad():
             for name in layers.quantized:
                 net.get_submodule(name).weight.mul_(0.5)
-        net.config.quantization_config = {"quant_method": "fake", "ignore": list(layers.kept)}
+        save = net.save_pretrained
+
+        def told(folder: Path) -> None:
+            save(folder)
+            config = json.loads((folder / "config.json").read_text())
+            config["quantization_config"] = {"quant_method": "fake", "ignore": list(layers.kept)}
+            (folder / "config.json").write_text(json.dumps(config))
+
+        net.save_pretrained = told
 
     library = ModuleType(LLM_COMPRESSOR)
     library.__version__ = "1.0"  # type: ignore[attr-defined]
@@ -348,6 +356,29 @@ def test_the_record_says_how(fake: list[Any], tmp_path: Path) -> None:
     assert [tuple(batch["input_ids"].shape) for batch in fake[0]["rows"]] == [(4, 16)]
 
 
+def test_the_error_is_that_of_the_folder_read_again(
+    fake: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library may save something else than what it computes with, as bitsandbytes does on a CPU after a forward."""
+    honest, compress = quantize(wide(), tmp_path / "honest", "w4a16"), MODULE._compress
+
+    def spoils(library: Any, net: Any, *rest: Any) -> None:
+        compress(library, net, *rest)
+        save = net.save_pretrained
+
+        def other(folder: Path) -> None:
+            with torch.no_grad():
+                net.model.norm.weight.neg_()
+            save(folder)
+
+        net.save_pretrained = other
+
+    monkeypatch.setattr(MODULE, "_compress", spoils)
+    spoiled = quantize(wide(), tmp_path / "spoiled", "w4a16")
+    errors = [json.loads((folder / "quantization.json").read_text())["logit_error"] for folder in (honest, spoiled)]
+    assert errors[0] < 1 < errors[1]
+
+
 def test_predictions_that_are_no_numbers_are_not_written(
     fake: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,6 +429,14 @@ def test_memory_is_pinned_only_where_there_is_an_accelerator(
         else:
             Cache().pin_memory(0)
     assert Cache.pin_memory is original
+
+
+def test_what_a_library_says_when_it_is_imported_is_no_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(MODULE.importlib, "import_module", lambda name: print("a log line") or ModuleType(name))
+    MODULE._library("w8a8", WAYS["w8a8"])
+    assert capsys.readouterr().out == ""
 
 
 # With the libraries

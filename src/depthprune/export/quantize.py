@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,8 +80,10 @@ def quantize(model: Model, path: str | Path, how: str, data: Data | Mixture | No
                 _compress(library, net, model, way, layers, size, rows, mappings)
             else:
                 net = _fresh(model, dense, quantization_config=_loading(way, layers.kept))
-            error = _error(model, net)
-            net.save_pretrained(folder / "packed")
+            net.save_pretrained(folder / "packed")  # before it is run: on a CPU, bitsandbytes then saves something else
+            del net
+            _join(dense, folder / "packed", folder)
+            error = _error(model, _fresh(model, folder))
         if not math.isfinite(error):
             raise ExportError(f"--quantize {how} leaves a model whose predictions are no numbers; choose another way")
         record = {
@@ -95,7 +98,7 @@ def quantize(model: Model, path: str | Path, how: str, data: Data | Mixture | No
             "data": None if data is None or not way.needs_data else data.describe(),
             "made_by": {name: _version(name) for name in (way.library, "torch", "transformers")},
         }
-        _join(dense, folder / "packed", folder, record)
+        write_json(folder / "quantization.json", record)
     return path
 
 
@@ -109,9 +112,10 @@ def _way(how: str) -> Way:
 def _library(how: str, way: Way) -> ModuleType:
     """The library that a way needs. Raises ``OptionError`` where it is not installed, or does not go with the rest."""
     try:
-        found = importlib.import_module(way.library)
-        if way.library == LLM_COMPRESSOR:
-            importlib.import_module("llmcompressor.entrypoints")  # sets up its log, which is silenced after that
+        with contextlib.redirect_stdout(sys.stderr):  # llm-compressor writes its log to what is stdout now
+            found = importlib.import_module(way.library)
+            if way.library == LLM_COMPRESSOR:
+                importlib.import_module("llmcompressor.entrypoints")
         return found
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == way.library:
@@ -243,7 +247,7 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 def _fresh(model: Model, folder: Path, **options: Any) -> Any:
-    """The network that was written to a folder, as its own: what is done to it does not touch the model."""
+    """The network that a folder holds, as its own: what is done to it does not touch the model."""
     auto = getattr(transformers, auto_name(read_json(folder / "config.json")))
     device = str(model.device)
     if device != "cpu":
@@ -323,7 +327,7 @@ def _error(model: Model, net: Any) -> float:
     return float((have - want).norm() / (want - want.mean(-1, keepdim=True)).norm())
 
 
-def _join(dense: Path, packed: Path, folder: Path, record: Mapping[str, Any]) -> None:
+def _join(dense: Path, packed: Path, folder: Path) -> None:
     """Make one folder of two: all of the first but its weights, the weights of the second and how to read them."""
     config = read_json(dense / "config.json")
     config["quantization_config"] = read_json(packed / "config.json")["quantization_config"]
@@ -336,7 +340,6 @@ def _join(dense: Path, packed: Path, folder: Path, record: Mapping[str, Any]) ->
             file.unlink()
         left.rmdir()
     write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    write_json(folder / "quantization.json", record)
 
 
 def _version(library: str) -> str:
