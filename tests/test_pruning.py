@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,6 @@ from depthprune.recover import closed
 RUN = ("prune", "model", "--data", "text.txt", "--text", "test.txt", *SMALL)
 FILES = {"bench.json", "check.json", "eval.json", "log.txt", "losses.jsonl", "model", "plan.json", "report.html"}
 FILES |= {"run.json", "scores.json"}
-
-
-@pytest.fixture(autouse=True)
-def _ctrl_c() -> Iterator[None]:
-    """Test workers may ignore interrupts; a shell's commands do not."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def read(path: str) -> Any:
