@@ -27,21 +27,21 @@ from depthprune.units import Unit
 from depthprune.variants import losses
 
 
-def random_8b() -> Model:
-    """A Llama with the shape of an 8B model and random weights."""
+def random_llama(blocks: int = 32, hidden: int = 4096, dtype: torch.dtype = torch.bfloat16) -> Model:
+    """A Llama with random weights, by default of the shape of an 8B model."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
+        hidden_size=hidden,
+        intermediate_size=hidden * 7 // 2,
+        num_hidden_layers=blocks,
+        num_attention_heads=hidden // 128,
+        num_key_value_heads=hidden // 512,
         max_position_embeddings=8192,
     )
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
+    torch.set_default_dtype(dtype)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         net = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     return wrap(net.eval(), None, "random-8b")
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--out", default="engine.json")
     arguments = parser.parse_args()
     if arguments.model == "8b":
-        model = random_8b()
+        model = random_llama()
         tokens = torch.randint(
             128256, (arguments.sequences, arguments.length), generator=torch.Generator().manual_seed(0)
         )

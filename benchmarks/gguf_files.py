@@ -2,7 +2,7 @@
 
 LLAMA_CPP=checkout DEPTHPRUNE_LLAMA=python python benchmarks/gguf_files.py MODEL CALIBRATION TEST --out gguf_files.json
 
-Needs llama.cpp's converter and a Python with llama-cpp-python (docs/deploy.md says how to get both). The plans are for
+Needs llama.cpp's converter and a Python with llama-cpp-python (docs/serving.md says how to get both). The plans are for
 24 blocks; ``--plans FILE`` takes others, as ``{"name": ["4.mlp", …]}``. Three parts: ``equal`` (log-probabilities,
 greedy text, layers of KV cache against PyTorch in float32), ``perplexity`` (through llama.cpp, of files of several
 types) and ``speed`` (decoding one token at a time, the dense model and all plans in turn in one process).
@@ -132,30 +132,37 @@ def perplexity(
 
 
 def speed(files: dict[tuple[str, str], Path], asked: argparse.Namespace) -> list[dict[str, Any]]:
+    """Decoding on the processor with the files of every type."""
+    rows = []
+    for kind in asked.speed_types.split(","):
+        chosen = {name: path for (name, its), path in files.items() if its == kind}
+        rows += [row | {"type": kind} for row in decoding(chosen, asked)]
+    return rows
+
+
+def decoding(files: dict[str, Path], asked: argparse.Namespace, gpu_layers: int = 0) -> list[dict[str, Any]]:
     """Decoding, one token at a time: how much faster than the dense model, and what the bytes that are gone predict.
 
     By the clock, and by the processor's time, which other work on the machine moves less.
     """
+    named = {name: str(path) for name, path in files.items()}
+    settings = {"rounds": asked.rounds, "tokens": asked.tokens, "threads": asked.threads, "gpu_layers": gpu_layers}
+    seconds = run({"do": "speed", "files": named, **settings})
     rows = []
-    for kind in asked.speed_types.split(","):
-        chosen = {name: path for (name, its), path in files.items() if its == kind}
-        named = {name: str(path) for name, path in chosen.items()}
-        settings = {"rounds": asked.rounds, "tokens": asked.tokens, "threads": asked.threads}
-        seconds = run({"do": "speed", "files": named, **settings})
-        for name, path in chosen.items():
-            predicted = touched(chosen[DENSE]) / touched(path)
-            row = {"plan": name, "type": kind, "bytes_per_token": touched(path), "predicted": predicted}
-            for place, clock in enumerate(("clock", "processor")):
-                own = [times[place] for times in seconds[name]]
-                ratios = [dense[place] / mine for dense, mine in zip(seconds[DENSE], own, strict=True)]
-                row[clock] = {
-                    "tokens_per_second": asked.tokens / statistics.median(own),
-                    "faster": statistics.median(ratios),
-                    "quartiles": statistics.quantiles(ratios, n=4)[::2],
-                    "of_predicted": statistics.median(ratios) / predicted,
-                }
-            rows.append(row)
-            print(row, flush=True)
+    for name, path in files.items():
+        predicted = touched(files[DENSE]) / touched(path)
+        row: dict[str, Any] = {"plan": name, "bytes_per_token": touched(path), "predicted": predicted}
+        for place, clock in enumerate(("clock", "processor")):
+            own = [times[place] for times in seconds[name]]
+            ratios = [dense[place] / mine for dense, mine in zip(seconds[DENSE], own, strict=True)]
+            row[clock] = {
+                "tokens_per_second": asked.tokens / statistics.median(own),
+                "faster": statistics.median(ratios),
+                "quartiles": statistics.quantiles(ratios, n=4)[::2],
+                "of_predicted": statistics.median(ratios) / predicted,
+            }
+        rows.append(row)
+        print(row, flush=True)
     return rows
 
 
@@ -193,6 +200,8 @@ def main() -> None:
         "text": {"digest": text.digest, "windows": arguments.windows, "tokens": arguments.windows * 511},
         "plans": {name: [str(u) for u in cut.plan.drop] if cut.plan else [] for name, cut in models.items()},
     }
+    if Path(arguments.out).is_file():  # parts that were measured before
+        result = json.loads(Path(arguments.out).read_text(encoding="utf-8")) | result
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(arguments.files or scratch)
         files, writing = {}, {}
@@ -204,7 +213,8 @@ def main() -> None:
                     gguf.write(cut, folder, type=kind)
                     writing[f"{name}|{kind}"] = time.perf_counter() - began
                 files[name, kind] = folder / gguf.NAME
-        result["seconds_to_write"] = writing
+        if writing:
+            result["seconds_to_write"] = writing
         parts = {
             "equal": lambda: equal(models, files),
             "perplexity": lambda: perplexity(files, text.tokens.tolist(), arguments),

@@ -2,7 +2,7 @@
 
 Reads a request (JSON) from its first argument and prints one line. ``{"do": "loss", "file": path, "windows": [[…], …],
 "threads": n}`` is answered by the mean loss of a file, ``{"do": "speed", "files": {name: path}, "rounds": n,
-"tokens": n, "threads": n}`` by the seconds of each round of each, by the clock and of the processor's.
+"tokens": n, "threads": n, "gpu_layers": n}`` by the seconds of each round of each, by the clock and of the processor's.
 """
 
 import json
@@ -17,10 +17,10 @@ import numpy as np
 PROMPT = 16
 
 
-def load(path: str, length: int, threads: int = 0) -> tuple[Any, Any]:
+def load(path: str, length: int, threads: int, gpu_layers: int = 0) -> tuple[Any, Any]:
     """A model, and a context with llama.cpp's own choices."""
     options = llama_cpp.llama_model_default_params()
-    options.n_gpu_layers = 0
+    options.n_gpu_layers = gpu_layers
     model = llama_cpp.llama_model_load_from_file(path.encode(), options)
     settings = llama_cpp.llama_context_default_params()
     settings.n_ctx = settings.n_batch = settings.n_ubatch = length
@@ -64,9 +64,11 @@ def loss(path: str, windows: list[list[int]], threads: int) -> float:
     return total / count
 
 
-def speed(files: dict[str, str], rounds: int, tokens: int, threads: int) -> dict[str, list[tuple[float, float]]]:
+def speed(
+    files: dict[str, str], rounds: int, tokens: int, threads: int, gpu_layers: int
+) -> dict[str, list[tuple[float, float]]]:
     """What each file takes to decode some tokens after a prompt, all files in turn, round by round."""
-    contexts = {name: load(path, PROMPT + tokens, threads)[1] for name, path in files.items()}
+    contexts = {name: load(path, PROMPT + tokens, threads, gpu_layers)[1] for name, path in files.items()}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in files}
     for number in range(rounds + 1):
         for name, context in contexts.items():
@@ -89,7 +91,8 @@ def main() -> None:
     if request["do"] == "loss":
         print(json.dumps({"loss": loss(request["file"], request["windows"], request["threads"])}))
     else:
-        print(json.dumps(speed(request["files"], request["rounds"], request["tokens"], request["threads"])))
+        del request["do"]
+        print(json.dumps(speed(**request)))
 
 
 if __name__ == "__main__":

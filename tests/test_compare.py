@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import naive
 from command import furnish, run
@@ -23,6 +26,7 @@ from depthprune.console import Console
 from depthprune.data import Data
 from depthprune.errors import BudgetError, OptionError
 from depthprune.evaluate import Windows, windows
+from depthprune.export import hf
 from depthprune.model import Model, load
 from depthprune.plan import Plan
 from depthprune.scores import Losses, Scores, paired
@@ -502,3 +506,68 @@ def test_a_mixture_serves_recipes_for_text(model: Model, tmp_path: Path) -> None
     value = compare(model, tmp_path, ("shortgpt", "deeper-look-task"), data=["text.txt=0.5,task:task.jsonl=0.5"])
     notes = {row["recipe"]: row["note"] for row in value["rows"]}
     assert notes == {"shortgpt": "", "deeper-look-task": "needs a task: --data task:FILE"}
+
+
+# Quantized, before and after
+
+
+@pytest.fixture
+def coarse(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool, Any]]:
+    """Stand in for quantization: the weights shrink, those of pruned models less. Returns what it was asked."""
+    asked: list[tuple[str, bool, Any]] = []
+
+    def quantize(model: Model, path: Path, how: str, rows: Any) -> Path:
+        asked.append((how, model.plan is not None, rows))
+        folder = hf.write(model, path)
+        weights = load_file(folder / "model.safetensors")
+        shrunk = {name: w * (0.9 if model.plan else 0.8) if "layers" in name else w for name, w in weights.items()}
+        save_file(shrunk, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    monkeypatch.setattr(importlib.import_module("depthprune.orders"), "quantize", quantize)
+    return asked
+
+
+def shrunk(model: Model, by: float) -> Model:
+    """The same model with smaller weights in its blocks, and so another network."""
+    net = copy.deepcopy(model.net)
+    with torch.no_grad():
+        for weight in net.model.layers.parameters():
+            weight.mul_(by)
+    return replace(model, net=net)
+
+
+def test_both_orders_of_quantizing_stand_beside_each_row(
+    model: Model, tmp_path: Path, coarse: list[tuple[str, bool, Any]]
+) -> None:
+    value = compare(model, tmp_path, ("sleb", "llm-drop-attn"), quantize="w4a16")
+    given = text(model)
+    tokens = int(given.scored.sum())
+    assert value["quantize"] == "w4a16"
+    assert value["dense"]["quantized_loss"] == pytest.approx(plainly(shrunk(model, 0.8), given, []).sum() / tokens)
+    for row in value["rows"]:
+        then, first = (plainly(shrunk(model, by), given, row["drop"]).sum() / tokens for by in (0.9, 0.8))
+        assert row["prune_quantize"] == pytest.approx(then, rel=1e-5) != pytest.approx(first, rel=1e-5)
+        assert row["quantize_prune"] == pytest.approx(first, rel=1e-5)
+        assert 0 < row["quantized_bytes"] < value["dense"]["quantized_bytes"]
+    assert [(how, pruned) for how, pruned, _ in coarse] == [("w4a16", False), ("w4a16", True), ("w4a16", True)]
+    assert all(rows.digest == value["rows"][0]["digest"] for _, _, rows in coarse), "the recipe's own rows"
+    assert {path.name for path in tmp_path.iterdir()} == {"compare.json", "compare.svg", "plans", "test.jsonl"}
+    coarse.clear()
+    assert compare(model, tmp_path, ("sleb", "llm-drop-attn"), quantize="w4a16") == value
+    assert len(coarse) == 1, "what is there is not made again, but for the dense model"
+    with pytest.raises(OptionError, match="quantize differ"):
+        compare(model, tmp_path, ("sleb", "llm-drop-attn"))
+
+
+def test_the_command_shows_both_orders(tmp_path: Path, coarse: list[Any]) -> None:
+    out = tmp_path / "side"
+    words = ("compare", "model", "--data", "text.txt", "--text", "test.txt", "--recipes", "sleb", "--drop", "1 block")
+    words += ("--sequences", "4", "--length", "16", "--window", "24", "--out", str(out), "--quantize")
+    done = run(*words, "gptq")
+    assert done.code == 0, done.err
+    (row,) = json.loads((out / "compare.json").read_text())["rows"]
+    assert "then gptq" in done.out and "gptq first" in done.out
+    assert f"{math.exp(row['prune_quantize']):.2f}" in done.out and f"{math.exp(row['quantize_prune']):.2f}" in done.out
+    done = run(*words[:-1], "--quantize", "w3")
+    assert done.code == 2 and "unknown way to quantize 'w3'" in done.error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,14 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
-from transformers import AutoConfig
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import naive
 from depthprune import dequantize
 from depthprune.dequantize import plain, reading
 from depthprune.errors import OptionError
-from depthprune.model import Model, wrap
+from depthprune.export import hf
+from depthprune.model import Model, load, wrap
 from depthprune.plan import Plan
 from depthprune.surgery import drop
 from depthprune.units import parse
@@ -35,9 +40,8 @@ def test_plain_checkpoints_are_read_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", None])
-def test_other_forms_are_refused_by_name(method: str | None) -> None:
-    with pytest.raises(OptionError, match=rf"^here is quantized \({method}\), .* name the model it was made from$"):
-        reading("here", told(method))
+def test_other_forms_are_what_transformers_makes_of_them(method: str | None) -> None:
+    assert reading("here", told(method)) == {}
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,6 +77,40 @@ def test_nothing_is_left_of_the_quantization(subject: Callable[..., Model]) -> N
     assert not any("quantization" in key for module in net.modules() for key in vars(module))
 
 
+@pytest.fixture
+def folder(subject: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that says it is quantized; reading it leaves what some releases of transformers leave."""
+    path = hf.write(subject("llama"), tmp_path / "model")
+    vocabulary = Tokenizer(WordLevel({f"w{n}": n for n in range(96)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=vocabulary).save_pretrained(path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "compressed-tensors"}})
+    )
+    real = LlamaForCausalLM.from_pretrained
+
+    def read(source: str, **options: Any) -> Any:
+        asked = options.pop("quantization_config", {})
+        options["config"] = LlamaConfig.from_pretrained(source)
+        del options["config"].quantization_config
+        net, info = real(source, **options)
+        if asked == {"dequantize": True}:
+            marked(wrap(net, None, "read"))
+        return net, info
+
+    monkeypatch.setattr(dequantize.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(dequantize.transformers, "CompressedTensorsConfig", dict)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", read)
+    return path
+
+
+def test_load_reads_plain_weights_unless_told_not_to(folder: Path, subject: Callable[..., Model]) -> None:
+    model = load(folder, device="cpu")
+    assert torch.equal(naive.logits(model.net, TOKENS), naive.logits(subject("llama").net, TOKENS))
+    assert "quantization_config" not in vars(model.net.config)
+    assert drop(model, Plan(model.reference, parse(["1"]))).net.config.num_hidden_layers == 3
+
+
 def test_blocks_can_be_taken_out_of_what_was_quantized(subject: Callable[..., Model]) -> None:
     plan = parse(["1"])
     model = marked(subject("llama"))
@@ -89,17 +127,16 @@ def test_blocks_can_be_taken_out_of_what_was_quantized(subject: Callable[..., Mo
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("how", ["w4a16", "w8a8"])
 def test_a_checkpoint_of_llm_compressor_is_read(how: str, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
 
     from depthprune.export.quantize import quantize
     from test_quantize import wide
 
     dense = wide()
     folder = quantize(dense, tmp_path / "out", how)
-    options = reading(str(folder), AutoConfig.from_pretrained(folder))
-    net = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
-    plain(net)
-    again = wrap(net, None, "again")
+    vocabulary = Tokenizer(WordLevel({f"w{n}": n for n in range(96)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=vocabulary).save_pretrained(folder)
+    again = load(folder, device="cpu")
+    net = again.net
     assert again.parameters == dense.parameters and net.lm_head.weight is net.model.embed_tokens.weight
     gap = naive.logits(net, TOKENS) - naive.logits(dense.net, TOKENS).float()
     assert gap.norm() < 0.3 * naive.logits(net, TOKENS).norm()

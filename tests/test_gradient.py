@@ -378,7 +378,7 @@ def test_weights_without_gradients_are_refused(subject: Callable[..., Model]) ->
     down = model.net.model.layers[2].mlp.down_proj
     own = down.weight
     down.weight = nn.Parameter(own.detach().to(torch.int8), requires_grad=False)
-    with pytest.raises(OptionError, match=r"model\.layers\.2\.mlp\.down_proj\.weight is quantised \(torch\.int8\)"):
+    with pytest.raises(OptionError, match=r"model\.layers\.2\.mlp\.down_proj\.weight is quantized \(torch\.int8\)"):
         gradient.check(model, text())
     down.weight = nn.Parameter(own.detach().to("meta"))
     with pytest.raises(OptionError, match="is not in memory"):

@@ -489,9 +489,9 @@ def test_training_is_refused(how: str, both: Callable[[str], tuple[Model, Model]
         recover(cut(teacher, "2"), teacher, DATA, how)
 
 
-def test_quantised_weights_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = copy(folders["llama"], tmp_path / "quantised")
+def test_quantized_weights_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy(folders["llama"], tmp_path / "quantized")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(OptionError, match="quantised"):
+    with pytest.raises(OptionError, match="quantized"):
         load(folder, device="cpu", place="auto")

@@ -30,7 +30,7 @@ LEVELS = {
             "vllm_plugin dequantize data tasks rows sources hub dist demo",
             "walk measures timing variants oracle mixed metrics recover prompts selfwritten export runtimes "
             "evaluate bench",
-            "run charts report compare planning pruning claim recovering stages console options tables serving "
+            "run charts report compare planning pruning claim recovering orders stages console options tables serving "
             "jobs cli __init__ __main__",
         )
     )

@@ -400,12 +400,12 @@ def test_a_failure_leaves_nothing(fake: list[Any], tmp_path: Path, monkeypatch: 
 
 
 def test_the_libraries_are_silent_and_errors_are_not(capsys: pytest.CaptureFixture[str]) -> None:
-    with MODULE._silence():
+    with MODULE.silence():
         print("a bar")
         print("a log line", file=sys.stderr)
         warnings.warn("a warning", stacklevel=1)
     assert capsys.readouterr() == ("", "")
-    with pytest.raises(ValueError, match="what fails"), MODULE._silence():
+    with pytest.raises(ValueError, match="what fails"), MODULE.silence():
         raise ValueError("what fails")
     print("after")
     assert capsys.readouterr().out == "after\n"

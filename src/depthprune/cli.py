@@ -181,7 +181,7 @@ def evaluate(
     from depthprune.evaluate import windows as cut
 
     place(out)
-    made = {name: options.load(name, common, loading) for name in models}
+    made = {name: options.load(name, common, loading, dequantize=False) for name in models}
     tokenizer = next(iter(made.values())).tokenizer
     rows = cut(",".join(text), tokenizer, window=window, stride=stride, limit=windows, field=field)
     value = stages.evaluate(made, rows, console)
@@ -205,7 +205,7 @@ def bench(
     from depthprune.bench import bench as measure
 
     place(out)
-    made = {name: options.load(name, common, loading).net for name in models}
+    made = {name: options.load(name, common, loading, dequantize=False).net for name in models}
     value = measure(made, batch=batch, prompt=prompt, new=new, repeats=repeats, seed=common.seed or 0)
     write_json(out, value)
     console.result(value, tables.timed(value))

@@ -51,6 +51,9 @@ class Row:
     kv_bytes_per_token: int | None = None
     loss: float | None = None  # on the test text
     perplexity: float | None = None
+    prune_quantize: float | None = None  # the loss of what is left, quantized
+    quantize_prune: float | None = None  # the loss of the quantized model without the same units
+    quantized_bytes: int | None = None
     evaluations: int | None = None
     work: float | None = None  # the evaluations in passes over the calibration rows
     seconds: float | None = None
@@ -71,11 +74,13 @@ def compare(
     seed: int | None = None,
     field: str = "text",
     memory: int | None = None,
+    quantize: str | None = None,
 ) -> dict[str, Any]:
     """Run recipes on a model, test what each chose, and write ``compare.json``, the plans and a plot to a folder.
 
     ``data`` are calibration sources: recipes for tasks take the first that is all tasks, the others the first that is
     not. ``sequences``, ``length`` and ``seed`` replace those of every recipe; the precision is the model's for all.
+    ``quantize`` is a way to quantize what each recipe leaves; beside it stands the quantized model without those units.
     Rows that the folder holds already, made under the same settings on the same data, are not made again.
     Raises ``OptionError`` for unknown recipes, ``BudgetError`` for a budget that no recipe can meet.
     """
@@ -95,6 +100,7 @@ def compare(
         "data": list(data),
         "text": {"name": held_out.name, "tokens": held_out.predicted, "digest": held_out.digest},
         "asked": asked,
+        "quantize": quantize,
         "dense": {
             "loss": dense,
             "perplexity": math.exp(dense),
@@ -103,6 +109,13 @@ def compare(
         },
     }
     before = _finished(out / "compare.json", head)
+    orders = None
+    if quantize is not None:
+        from depthprune.orders import Orders
+
+        rows_of_first = next((rows for rows in drawn.values() if rows is not None), None)
+        orders = Orders(model, quantize, text, rows_of_first, out)
+        head["dense"] |= {"quantized_loss": orders.loss, "quantized_bytes": orders.bytes}
     rows: dict[str, Row] = {}
     if not before:
         write_json(out / "compare.json", head | {"rows": []})
@@ -126,7 +139,11 @@ def compare(
         if not math.isfinite(loss):
             rows[recipe.spec] = replace(row, note=f"without {', '.join(row.drop)} there is no finite loss on the text")
             continue
-        rows[recipe.spec] = replace(row, loss=loss, perplexity=math.exp(min(loss, 700.0)))
+        row = replace(row, loss=loss, perplexity=math.exp(min(loss, 700.0)))
+        if orders is not None:
+            then, size = orders.then(plan, calibration)
+            row = replace(row, prune_quantize=then, quantize_prune=orders.first(plan), quantized_bytes=size)
+        rows[recipe.spec] = row
         plan.save(out / "plans" / f"{_file(recipe.spec)}.json")
         every = before | rows  # what an earlier run made is kept until it is made again
         write_json(out / "compare.json", head | {"rows": [asdict(row) for row in every.values()]})

@@ -2,7 +2,8 @@
 
 What a quantized weight stands for, scale times integer, becomes an ordinary weight of the checkpoint's own type, and
 the configuration forgets that there was anything else; rounding of activations is left out. A model that was pruned so
-is written unquantized, or quantized anew.
+is written unquantized, or quantized anew. Only compressed-tensors is read so; other checkpoints are what transformers
+makes of them.
 """
 
 from __future__ import annotations
@@ -18,19 +19,14 @@ METHOD = "compressed-tensors"
 
 
 def reading(source: str, config: Any) -> dict[str, Any]:
-    """What ``from_pretrained`` has to be told to read a checkpoint as plain weights; nothing for plain ones.
+    """What ``from_pretrained`` has to be told to read a checkpoint as plain weights; nothing for others.
 
-    Raises ``OptionError`` for forms of quantization that are not read so, and where the library for it is missing.
+    Raises ``OptionError`` where the library for it is missing.
     """
-    told = getattr(config, "quantization_config", None)
-    if not told:
-        return {}
+    told = getattr(config, "quantization_config", None) or {}
     method = told.get("quant_method") if isinstance(told, dict) else getattr(told, "quant_method", None)
-    method = str(getattr(method, "value", method))
-    if method != METHOD:
-        raise OptionError(
-            f"{source} is quantized ({method}), which can only be read from {METHOD}: name the model it was made from"
-        )
+    if str(getattr(method, "value", method)) != METHOD:
+        return {}
     if importlib.util.find_spec("compressed_tensors") is None:
         raise OptionError(f"{source} is quantized: to read it needs pip install 'depthprune[compressed]'")
     return {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}

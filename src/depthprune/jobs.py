@@ -13,7 +13,7 @@ from rich.console import Group
 
 from depthprune import options, recipes, registry, tables
 from depthprune.console import Console, resumable
-from depthprune.errors import OptionError
+from depthprune.errors import OptionError, unknown
 from depthprune.files import place
 from depthprune.options import (
     Calibration,
@@ -29,6 +29,10 @@ from depthprune.options import (
 from depthprune.plan import rank
 from depthprune.serving import PrivateOption, PushOption
 
+COMPARE_QUANTIZE_HELP = (
+    "Quantize what each recipe leaves (`w4a16`, `gptq`, …, as `export --quantize`), and test it beside the quantized "
+    "model without the same units."
+)
 HOW_HELP = "How to win back what was lost: `refit`, `distill`, `refit+distill:tokens=8M`, …; `list recoverers`."
 RECOVER_DATA_HELP = (
     "Text to recover on: a text, JSONL or Parquet file, a folder, `hub:NAME:CONFIG:SPLIT`, or a mixture; `self:`: what "
@@ -146,6 +150,7 @@ def compare(
     windows: Annotated[int, option("--windows", "Test on the first windows of --text.", least=1)] = 128,
     metric: Annotated[str, option("--metric", "The importance that is compared over several --data.")] = "loss",
     unit: Annotated[str, option("--unit", "The units whose importance is compared.")] = "any",
+    quantize: Annotated[str | None, option("--quantize", COMPARE_QUANTIZE_HELP)] = None,
 ) -> None:
     """Compare the papers' methods at one budget, in one table; and importances for several texts and tasks.
 
@@ -159,6 +164,11 @@ def compare(
     if names and text is None:
         raise OptionError("compare needs --text FILE, another text than --data, to test the plans on")
     options.check(Choice(unit=unit, metric=metric), drop)
+    if quantize is not None:
+        from depthprune.export.ways import WAYS
+
+        if quantize not in WAYS:
+            raise unknown("way to quantize", quantize, WAYS)
     for name in names:
         method = recipes.load(name)
         options.check(Choice(unit=method.unit, metric=method.metric, select=method.select), drop)
@@ -208,6 +218,7 @@ def compare(
             seed=common.seed,
             field=calibration.field,
             memory=memory,
+            quantize=quantize,
         )
         shown.insert(0, tables.compared(value))
     console.result(value, Group(*shown))

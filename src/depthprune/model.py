@@ -19,6 +19,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 
+from depthprune import dequantize as plain
 from depthprune import hub
 from depthprune.discover import discover, find_stack
 from depthprune.errors import CheckpointError, OptionError, unknown
@@ -95,13 +96,16 @@ def load(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     place: str = "whole",
+    dequantize: bool = True,
 ) -> Model:
     """Load a model from a folder or the Hub, find its blocks and prove which sublayers can be dropped.
 
     ``device`` defaults to the GPU if there is one; ``dtype`` to the checkpoint's own on a GPU, float32 on a CPU;
     ``tokenizer`` to the model's folder. ``place`` is where weights are: ``whole`` on the device; ``auto`` there as far
     as there is room, the next blocks in the CPU's memory and the rest on disk (``auto:cuda=10GB,cpu=20GB`` says how
-    much), from where each comes to the device when it is used.
+    much), from where each comes to the device when it is used. ``dequantize`` reads weights quantized by
+    compressed-tensors as what they stand for, so that they can be dropped and recovered; without it they stay as they
+    are.
     Raises ``CheckpointError`` where weights are missing, truncated or mismatched, ``LayoutError`` where no blocks are
     found, ``OptionError`` for a device, dtype or place that there is not.
     """
@@ -113,8 +117,11 @@ def load(
     options |= {"local_files_only": True} if away else {}
     with _translated(source, away):
         config = transformers.AutoConfig.from_pretrained(source, **options)
+        reading = plain.reading(source, config) if dequantize else {}
         auto = getattr(transformers, auto_name(config.to_dict()))
         stack, spread = "", {"": device} if device != "cpu" else None
+        if allowed is not None and getattr(config, "quantization_config", None):
+            raise OptionError("quantized weights cannot wait in memory or on disk; use --place whole")
         if allowed is not None:
             stack, spread = _spread(auto, config, wanted, device, allowed, trust_remote_code)
         waits, folder = spread is not None and len(spread) > 1, Folder()
@@ -126,8 +133,11 @@ def load(
             ignore_mismatched_sizes=True,  # refused below, by name
             device_map=spread,
             offload_folder=str(folder.path) if waits else None,
+            **reading,
             **options,
         )
+        if reading:
+            plain.plain(net)
     for key in ("missing_keys", "mismatched_keys"):
         if info.get(key):
             names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in info[key])
@@ -177,8 +187,6 @@ def _spread(
     auto: Any, config: Any, dtype: Any, device: str, allowed: Mapping[str, int], trust_remote_code: bool
 ) -> tuple[str, dict[str, Any] | None]:
     """The path of the stack and where each part of a model goes, from its configuration alone."""
-    if getattr(config, "quantization_config", None):
-        raise OptionError("quantised weights cannot wait in memory or on disk; use --place whole")
     kind = config.dtype or torch.float32 if dtype == "auto" else dtype
     with torch.device("meta"):
         net = auto.from_config(copy.deepcopy(config), dtype=kind, trust_remote_code=trust_remote_code)

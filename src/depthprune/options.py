@@ -253,8 +253,8 @@ def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
 
-def load(model: str, common: Common, loading: Loading) -> Model:
-    """The model that a command was given."""
+def load(model: str, common: Common, loading: Loading, dequantize: bool = True) -> Model:
+    """The model that a command was given; what is only measured is not dequantized."""
     from depthprune.model import load as load_model
 
     return load_model(
@@ -266,6 +266,7 @@ def load(model: str, common: Common, loading: Loading) -> Model:
         allow_pickle=loading.allow_pickle,
         trust_remote_code=loading.trust_remote_code,
         place=loading.place,
+        dequantize=dequantize,
     )
 
 

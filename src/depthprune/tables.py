@@ -80,7 +80,7 @@ def timed(value: Mapping[str, Any]) -> Table:
 
 def compared(value: Mapping[str, Any]) -> Group:
     """The rows of a ``compare.json``, the best first, and what is special about some."""
-    dense = value["dense"]["perplexity"]
+    dense, how = value["dense"]["perplexity"], value.get("quantize")
     rows, notes = [], []
     for row in value["rows"]:
         if row["note"]:
@@ -88,6 +88,8 @@ def compared(value: Mapping[str, Any]) -> Group:
         if row["loss"] is None:
             continue
         gap = row["behind"]
+        cost = (f"{row['evaluations']:,}", f"{row['work']:.0f}", f"{row['seconds']:.1f}")
+        both = [f"{math.exp(row[order]):.2f}" for order in ("prune_quantize", "quantize_prune") if how]
         rows.append(
             (
                 row["recipe"],
@@ -96,13 +98,13 @@ def compared(value: Mapping[str, Any]) -> Group:
                 f"{row['perplexity']:.2f}",
                 f"{row['perplexity'] / dense:.3f}x",
                 "best" if gap is None else f"{gap[0]:+.3f}±{gap[1]:.3f}",
-                f"{row['evaluations']:,}",
-                f"{row['work']:.0f}",
-                f"{row['seconds']:.1f}",
+                *(both or cost),
             )
         )
-    columns = ("recipe", "cut", "left", "perplexity", "ratio", "above best", "models", "passes", "seconds")
+    last = (f"then {how}", f"{how} first") if how else ("models", "passes", "seconds")
+    columns = ("recipe", "cut", "left", "perplexity", "ratio", "above best", *last)
     title = f"{value['budget']} of {value['model']['id']}; {value['text']['name']}; dense {dense:.2f}"
+    title += f", {how} {math.exp(value['dense']['quantized_loss']):.2f}" if how else ""
     return Group(table(columns, rows, title), *notes)
 
 

@@ -68,6 +68,8 @@ def write(model: Model, path: str | Path, *, type: str = "f16", converter: str =
         exact = {"torch.float32": "f32", "torch.bfloat16": "bf16"}.get(str(model.dtype), "f16")
         first = type if type in CONVERTED else exact
         target = llama_cpp.convert(script, source, work / NAME, first, vocabulary=model.tokenizer is not None)
+        for weights in source.glob("*.safetensors"):  # room for what comes now
+            weights.unlink()
         converted = gguf_file.read(target)
         file = faithful(converted, model.net.config.get_text_config(decoder=True), windows)
         file = _with_tokenizer(file, target, source, model.tokenizer)

@@ -73,7 +73,7 @@ def quantize(model: Model, path: str | Path, how: str, data: Data | Mixture | No
     rows = [] if data is None or not way.needs_data else batches(data, model)
     with new_folder(path) as folder:
         dense = hf.write(model, folder / "dense")
-        with _silence():
+        with silence():
             if way.library == LLM_COMPRESSOR:
                 net = _fresh(model, dense)
                 mappings = awq_mappings(net, model, layers) if way.method == "awq" else []
@@ -347,7 +347,7 @@ def _version(library: str) -> str:
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """No bars, log lines or warnings from the libraries for a moment; what fails is raised all the same."""
     spoken, before = [], logging.root.manager.disable
     with contextlib.suppress(ImportError):

@@ -254,12 +254,12 @@ def check(model: Model, data: Data) -> None:
 
     Proven on a short piece of the data, from the loss to the stream before the first block, against a plain backward:
     blocks that hand each other something besides the stream are found out.
-    Raises ``OptionError`` for weights that are quantised or not in memory, ``LayoutError`` for such blocks.
+    Raises ``OptionError`` for weights that are quantized or not in memory, ``LayoutError`` for such blocks.
     """
     modules, arities = blocks_of(model.net, model.layout), [block.arity for block in model.layout.blocks]
     for name, weight in model.net.get_submodule(model.layout.path).named_parameters():
         if weight.is_meta or not weight.is_floating_point():
-            fault = "is not in memory" if weight.is_meta else f"is quantised ({weight.dtype})"
+            fault = "is not in memory" if weight.is_meta else f"is quantized ({weight.dtype})"
             raise OptionError(f"gradients need plain weights in memory; {model.layout.path}.{name} {fault}")
     some = data.mask[:, :16].sum(1).argsort(descending=True, stable=True)[:2]
     short = data.tokens[some, :16], data.mask[some, :16], torch.ones_like(data.mask[some, 1:16])

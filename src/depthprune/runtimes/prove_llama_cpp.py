@@ -6,8 +6,9 @@ a folder with ``model.gguf``, or a file. Prints one line,
 
 Keys and values are kept in float32, and flash attention, which rounds to float16, is off. How many layers have keys is
 read off the bytes that llama.cpp says it allocated for them; ``kv_bytes`` are those of keys and values for each token,
-as llama.cpp allocates them by default. ``dtype`` is there where the file, or llama.cpp's way to compute, is coarser
-than float32: float16, or quantized for less than 8 bits.
+as llama.cpp allocates them by default. With ``repeats`` and ``new`` in the request there is also ``seconds_per_token``,
+the least of so many texts of so many tokens. ``dtype`` is there where the file, or llama.cpp's way to compute, is
+coarser than float32: float16, or quantized for less than 8 bits.
 """
 
 import ctypes
@@ -15,6 +16,7 @@ import importlib.metadata
 import json
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +45,10 @@ def answer(request: dict[str, Any], log: list[str]) -> dict[str, Any]:
         raise RuntimeError(next((line for line in reversed(log) if "error" in line), "it does not load"))
     loaded = "".join(log)
     del log[:]
-    llama_cpp.llama_free(begin(model, len(text), log, llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO))
+    usual = begin(model, len(text) + request.get("new", 0), log, llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO)
     kept = caches(log)
+    times = [decode(model, usual, prompt, request["new"]) for _ in range(request.get("repeats", 0))]
+    llama_cpp.llama_free(usual)
     context = begin(model, len(text), log, llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED)
     scores = step(model, context, text, 0, True)
     chosen = scores[np.arange(len(text) - 1), text[1:]]
@@ -62,6 +66,7 @@ def answer(request: dict[str, Any], log: list[str]) -> dict[str, Any]:
         "generated": generated,
         "kv_layers": layers(loaded, kept),
         "kv_bytes": round(sum((keys + values) / cells for cells, keys, values in kept)),
+        "seconds_per_token": min(times, default=None),
     }
     return found if exact else found | {"dtype": "float16" if kind in ("0", *HALF) else "quantized"}
 
@@ -82,6 +87,13 @@ def begin(model: Any, length: int, log: list[str], flash: int) -> Any:
 
 def step(model: Any, context: Any, tokens: list[int], position: int, every: bool) -> Any:
     """The log-probabilities after the last token, or after every one."""
+    scores = logits(model, context, tokens, position, every).astype(np.float64)
+    scores -= scores.max(-1, keepdims=True)
+    return scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+
+
+def logits(model: Any, context: Any, tokens: list[int], position: int, every: bool) -> Any:
+    """The logits after the last token, or after every one."""
     batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
     batch.n_tokens = len(tokens)
     for number, token in enumerate(tokens):
@@ -94,10 +106,16 @@ def step(model: Any, context: Any, tokens: list[int], position: int, every: bool
         raise RuntimeError(f"llama_decode gives up ({failed})")
     size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
     rows = range(len(tokens)) if every else [len(tokens) - 1]
-    found = [np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, row), (size,)).copy() for row in rows]
-    logits = np.stack(found).astype(np.float64)
-    logits -= logits.max(-1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return np.stack([np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, row), (size,)) for row in rows])
+
+
+def decode(model: Any, context: Any, prompt: list[int], new: int) -> float:
+    """The seconds for each token of a greedy text, but for the first."""
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+    token, began = int(logits(model, context, prompt, 0, False)[-1].argmax()), time.perf_counter()
+    for position in range(len(prompt), len(prompt) + new):
+        token = int(logits(model, context, [token], position, False)[-1].argmax())
+    return (time.perf_counter() - began) / new
 
 
 def caches(log: list[str]) -> list[tuple[int, float, float]]:
