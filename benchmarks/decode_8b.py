@@ -76,7 +76,7 @@ def main() -> None:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "command": " ".join(["python", "benchmarks/decode_8b.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "benchmarks/decode_8b.py", *(Path(word).name for word in sys.argv[1:])]),
         "plans": {name: list(units) for name, units in plans(arguments.blocks).items()},
     }
     if Path(arguments.out).is_file():

@@ -67,10 +67,17 @@ def cut(model: Model, name: str, units: Sequence[str]) -> Model:
     return smaller
 
 
-def ran(folder: Path, runtime: str, reference: runtimes.Reference, arguments: argparse.Namespace) -> dict[str, Any]:
+def ran(
+    folder: Path, runtime: str, reference: runtimes.Reference, arguments: argparse.Namespace, **options: str
+) -> dict[str, Any]:
     """One folder in one runtime."""
     began = time.perf_counter()
-    asked = asdict(reference) | {"trust_remote_code": True, "new": arguments.new, "repeats": arguments.repeats}
+    asked = asdict(reference) | {
+        "trust_remote_code": True,
+        "new": arguments.new,
+        "repeats": arguments.repeats,
+        "options": options,
+    }
     answer = runtimes.ask(folder, runtime, asked, arguments.python.get(runtime))
     proofs = runtimes.judge(answer, runtime, reference)
     row: dict[str, Any] = {"passed": all(proof.passed for proof in proofs)}
@@ -97,7 +104,7 @@ def main() -> None:
     model = dp.load(arguments.model or str(demo.unpack()), device="cpu", dtype="float32")
     known = [name for name in arguments.runtimes if _there(name, arguments.python.get(name))]
     result: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/serve.py", *(Path(word).name for word in sys.argv[1:])]),
+        "command": " ".join(["python", "benchmarks/serve.py", *map(_short, sys.argv[1:])]),
         "versions": {
             "depthprune": dp.__version__,
             "torch": torch.__version__,
@@ -116,8 +123,8 @@ def main() -> None:
                 continue
             reference = runtimes.refer(smaller)
             for form in arguments.forms:
-                row: dict[str, Any] = {"plan": name, "form": form.partition(":")[0]}
-                folder = scratch / f"{name}-{row['form']}"
+                row: dict[str, Any] = {"plan": name, "form": form}
+                folder = scratch / f"{name}-{form}".replace(":", "-")
                 try:
                     dp.export(smaller, folder, form)
                 except DepthpruneError as error:
@@ -134,14 +141,19 @@ def main() -> None:
                 for runtime in known:
                     if runtime in readers:
                         adjusted = runtimes.adjusted(reference, folder)
-                        _keep(
-                            result,
-                            row | {"runtime": runtime} | ran(folder, runtime, adjusted, arguments),
-                            arguments.out,
-                        )
+                        found = ran(folder, runtime, adjusted, arguments)
+                        _keep(result, row | {"runtime": runtime} | found, arguments.out)
+                        if (name, form, runtime) == ("dense", "hf", "vllm"):  # what vLLM runs uneven folders by
+                            found = ran(folder, runtime, adjusted, arguments, model_impl="transformers")
+                            _keep(result, row | {"runtime": "vllm, Transformers backend"} | found, arguments.out)
                 shutil.rmtree(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _short(word: str) -> str:
+    name, sign, path = word.partition("=")
+    return f"{name}=…" if sign and "/" in path else Path(word).name
 
 
 def _keep(result: dict[str, Any], row: dict[str, Any], out: str) -> None:

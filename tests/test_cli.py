@@ -41,7 +41,8 @@ OPTIONS = {
     "--resume --overwrite --memory --protect --push-to-hub --private "
     "--recipe --stability",
     "recover": "--teacher --how --data --text --compare --form --resume --sequences --length --memory --out",
-    "compare": "--data --recipes --drop --text --window --windows --metric --unit --quantize --sequences --length --memory --out",
+    "compare": "--data --recipes --drop --text --window --windows --metric --unit --quantize "
+    "--sequences --length --memory --out",
     "list": "",
 }
 COMMON = "--seed --device --dtype --quiet --json --help"
