@@ -138,7 +138,7 @@ def test_a_library_that_does_not_go_with_the_rest_says_why(
         quantize(subject("llama"), tmp_path / "out", "w8a8")
 
 
-@pytest.mark.parametrize("how", ["gptq", "awq"])
+@pytest.mark.parametrize("how", ["gptq", "awq", "autoround"])
 def test_a_way_that_looks_at_text_asks_for_it(how: str, fake: list[Any], tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=f"--quantize {how} goes by .* --data$"):
         quantize(wide(), tmp_path / "out", how)

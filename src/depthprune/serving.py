@@ -15,8 +15,8 @@ from depthprune.options import Calibration, Common, FormOption, Loading, OutOpti
 from depthprune.plan import Plan
 
 QUANTIZE_HELP = (
-    "Fewer bits: `w4a16` (rounded), `gptq`, `awq` (both need --data), `w8a16`, `w8a8`, `fp8` by llm-compressor, which "
-    "vLLM serves; `int8` by torchao; `nf4`, `int8-bnb` by bitsandbytes."
+    "Fewer bits: `w4a16` (rounded), `gptq`, `awq`, `autoround` (these need --data), `w8a16`, `w8a8`, `fp8` by "
+    "llm-compressor, which vLLM serves; `int8` by torchao; `nf4`, `int8-bnb` by bitsandbytes."
 )
 PushOption = Annotated[str | None, option("--push-to-hub", "Upload the folder to this repository of the Hub.")]
 PrivateOption = Annotated[bool, option("--private", "Make the repository a private one.")]
@@ -77,7 +77,9 @@ def export(
     calibration: Calibration,
     form: FormOption = "hf",
     quantize: Annotated[str | None, option("--quantize", QUANTIZE_HELP)] = None,
-    data: Annotated[str | None, option("--data", "Text that gptq and awq look at: " + options.DATA_HELP)] = None,
+    data: Annotated[
+        str | None, option("--data", "Text that gptq, awq and autoround look at: " + options.DATA_HELP)
+    ] = None,
     push_to_hub: PushOption = None,
     private: PrivateOption = False,
 ) -> None:

@@ -54,11 +54,11 @@ class Layers:
 def quantize(model: Model, path: str | Path, how: str, data: Data | Mixture | None = None, *, group: int = 0) -> Path:
     """Write a model as a folder with quantized weights that ``from_pretrained`` loads; most ways also serve in vLLM.
 
-    ``w4a16`` rounds weights to 4 bits, with one scale for each ``group`` of a row; ``gptq`` and ``awq`` do so with
-    regard to ``data``, of which they need some. ``w8a16`` rounds to 8 bits, with one scale for each row; ``w8a8`` and
-    ``fp8`` round the activations too. These six are llm-compressor's. ``int8`` is torchao's rounding of weights to 8
-    bits; ``nf4`` and ``int8-bnb`` are those of bitsandbytes. ``group`` is, unless set, the largest of 128, 64 and 32
-    that divides the width of every layer. The model stays as it is.
+    ``w4a16`` rounds weights to 4 bits, with one scale for each ``group`` of a row; ``gptq``, ``awq`` and ``autoround``
+    do so with regard to ``data``, of which they need some. ``w8a16`` rounds to 8 bits, with one scale for each row;
+    ``w8a8`` and ``fp8`` round the activations too. These seven are llm-compressor's. ``int8`` is torchao's rounding of
+    weights to 8 bits; ``nf4`` and ``int8-bnb`` are those of bitsandbytes. ``group`` is, unless set, the largest of 128,
+    64 and 32 that divides the width of every layer. The model stays as it is.
     Raises ``OptionError`` for a way that does not exist, a missing library or missing data and a group that does not
     fit, ``ExportError`` where the model cannot be quantized.
     """
@@ -276,8 +276,14 @@ def _compress(
         weights=schemes.QuantizationArgs(**weights),
         input_activations=None if way.activations == 16 else schemes.QuantizationArgs(**activations, strategy="token"),
     )
-    kind = modifiers.GPTQModifier if way.method == "gptq" else modifiers.QuantizationModifier
-    recipe = [kind(config_groups={"group_0": scheme}, ignore=list(layers.kept))]
+    groups = {"config_groups": {"group_0": scheme}, "ignore": list(layers.kept)}
+    recipe: list[Any]
+    if way.method == "autoround":
+        autoround = importlib.import_module("llmcompressor.modifiers.autoround")
+        recipe = [autoround.AutoRoundModifier(**groups, batch_size=BATCH, enable_torch_compile=False)]
+    else:
+        kind = modifiers.GPTQModifier if way.method == "gptq" else modifiers.QuantizationModifier
+        recipe = [kind(**groups)]
     if way.method == "awq":
         transform = importlib.import_module("llmcompressor.modifiers.transform.awq")
         pairs = [transform.AWQMapping(smooth, balance) for smooth, balance in mappings]

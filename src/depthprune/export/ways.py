@@ -30,6 +30,7 @@ WAYS = {
     "w4a16": Way(LLM_COMPRESSOR, 4, grouped=True),
     "gptq": Way(LLM_COMPRESSOR, 4, grouped=True, method="gptq"),
     "awq": Way(LLM_COMPRESSOR, 4, grouped=True, method="awq"),
+    "autoround": Way(LLM_COMPRESSOR, 4, grouped=True, method="autoround"),
     "w8a16": Way(LLM_COMPRESSOR, 8),
     "w8a8": Way(LLM_COMPRESSOR, 8, 8),
     "fp8": Way(LLM_COMPRESSOR, 8, 8, "float"),
