@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from broken import saved
+from command import run
 from depthprune.errors import ExportError, PlanError
 from depthprune.export import export
 from depthprune.export.bridges import bridges, by_block, kept, passthrough
@@ -220,3 +221,13 @@ def test_llama_quantize_counts_as_we_do(gone: list[int], tmp_path: Path) -> None
     assert pruned(python, tmp_path, given, "plain") == wanted
     # Why nothing is offered where metadata goes by block: llama-quantize leaves lists as long as they were.
     assert pruned(python, tmp_path, given, "arrays") == wanted | {"loads": False}
+
+
+def test_the_command_needs_the_folder(desk: Path) -> None:
+    """Its configuration says whether the others can make the cut; without it nothing would warn."""
+    Path("plan.json").write_text(json.dumps({"format": 1, "model": {"id": "model", "blocks": 4}, "drop": ["1"]}))
+    refused = run("bridges", "plan.json", "nowhere")
+    assert refused.code == 1 and refused.error == "nowhere is no model: it has no config.json"
+    Path("a-run").mkdir()
+    Path("a-run/model").symlink_to(Path("model").resolve())
+    assert "layer_range: [0, 1]" in run("bridges", "plan.json", "a-run").out, "a run has its model in it"

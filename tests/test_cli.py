@@ -272,7 +272,9 @@ def test_drop_and_check_and_export(desk: Path) -> None:
     assert done.code == 0 and not done.err and json.loads(done.out)["passed"]
     assert json.loads(Path("small/config.json").read_text())["num_hidden_layers"] == 2 and not leftovers(desk)
     assert run("export", "small", "--out", "again").out.startswith("written to again\n  ok   loads with plain")
-    assert Plan.load("again/plan.json") == Plan.load("small/plan.json") == Plan.load("plan.json")
+    assert Plan.load("again/plan.json") == Plan.load("small/plan.json")
+    written, known = Plan.load("plan.json"), Plan.load("small/plan.json")
+    assert known.drop == written.drop and (known.model.id, known.model.blocks) == ("model", 4), "what was left open"
     assert run("check", "again", "--against", "model").code == 0
     first, again = (load_file(f"{name}/model.safetensors") for name in ("small", "again"))
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 import naive
 from command import furnish, run
 from depthprune import oracle as asked
-from depthprune import recipes
+from depthprune import recipes, tables
 from depthprune.console import Console
 from depthprune.data import Data
 from depthprune.errors import BudgetError, OptionError
@@ -571,3 +571,24 @@ def test_the_command_shows_both_orders(tmp_path: Path, coarse: list[Any]) -> Non
     assert f"{math.exp(row['prune_quantize']):.2f}" in done.out and f"{math.exp(row['quantize_prune']):.2f}" in done.out
     done = run(*words[:-1], "--quantize", "w3")
     assert done.code == 2 and "unknown way to quantize 'w3'" in done.error
+
+
+def test_what_cannot_be_quantized_is_a_note(model: Model, tmp_path: Path, coarse: list[Any]) -> None:
+    """One recipe's trouble is no other's: the row stays, without figures for the orders."""
+    orders = importlib.import_module("depthprune.orders").Orders
+    real = orders.then
+    tries: list[Plan] = []
+
+    def fails(self: Any, plan: Plan, rows: Any) -> Any:
+        tries.append(plan)
+        if len(tries) == 1:
+            raise OptionError("groups of 32 do not divide it")
+        return real(self, plan, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(orders, "then", fails)
+        value = compare(model, tmp_path, ("sleb", "llm-drop-attn"), quantize="w4a16")
+    rows = {row["recipe"]: row for row in value["rows"]}
+    assert rows["sleb"]["note"] == "groups of 32 do not divide it" and rows["sleb"]["prune_quantize"] is None
+    assert rows["llm-drop-attn"]["prune_quantize"] > 0 and len(tries) == 2
+    assert tables.compared(value)

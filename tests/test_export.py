@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 import naive
 from depthprune.errors import CheckpointError, DepthpruneError, ExportError, OptionError
 from depthprune.export import check, export
-from depthprune.export.check import check_many, routes
+from depthprune.export.check import check_many, own_code, routes
 from depthprune.export.prove import generation_gap
 from depthprune.model import Model, load, wrap
 from depthprune.plan import Plan
@@ -151,8 +152,30 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
 
 def test_routes_follow_the_configuration() -> None:
     assert routes({}) == ("plain",)
-    assert routes({"depthprune": {"skip": {}}}) == ("remote", "aware")
-    assert routes({"text_config": {"depthprune": {"skip": {}}}}) == ("remote", "aware")
+    assert routes({"depthprune": {"skip": {}}}) == routes({"text_config": {"depthprune": {"skip": {}}}}) == ("aware",)
+    assert routes({"depthprune": {"skip": {}}}, trusted=True) == ("remote", "aware")
+    assert routes({"auto_map": {}, "model_type": "nemotron-nas"}) == ("plain",)
+    assert routes({"auto_map": {"AutoConfig": "x"}, "model_type": "nemotron-nas"}, trusted=True) == ("remote",)
+
+
+@pytest.mark.parametrize("form", ["hf", "nemotron-nas"])
+def test_only_code_that_we_wrote_is_run_without_being_trusted(
+    form: str, subject: Callable[..., Model], tmp_path: Path
+) -> None:
+    folder = export(smaller(subject("llama"), "1.self_attn"), tmp_path / "out", form)
+    assert own_code(folder) and not own_code(export(smaller(subject("llama"), "1"), tmp_path / "plain"))
+    file = next(folder.glob("modeling_*.py"))
+    mark = tmp_path / "it ran"
+    file.write_text(file.read_text() + f"\nopen({str(mark)!r}, 'w').close()\n")
+    assert not own_code(folder)
+    found = {proof.name: proof.passed for proof in check(folder)}
+    assert not mark.exists()
+    if form == "hf":
+        assert found.pop("loads with import depthprune") and "loads with trust_remote_code" not in found
+    else:
+        assert found == {"loads with plain transformers": False}
+    check(folder, trust_remote_code=True)
+    assert mark.exists(), "the twin: trusted, it is run"
 
 
 def test_a_process_that_dies_is_reported(
@@ -194,3 +217,13 @@ def test_only_heads_that_vllm_makes_alike_are_named_for_it(subject: Callable[...
     assert named == {
         "llama": ours, "gemma2": ours, "cohere": ours, "granite": "GraniteForCausalLM", "bert": "BertForMaskedLM",
     }  # fmt: skip
+
+
+def test_folders_beside_the_weights_can_be_entered(subject: Callable[..., Model], tmp_path: Path) -> None:
+    """Named chat templates lie in a folder of their own."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    model = replace(smaller(subject("llama"), "1"), tokenizer=tokenizer)
+    folder = export(model, tmp_path / "out")
+    inner = [path for path in folder.iterdir() if path.is_dir()]
+    assert inner and all(path.stat().st_mode & 0o100 for path in inner)

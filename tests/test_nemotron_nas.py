@@ -15,13 +15,15 @@ from safetensors.torch import load_file, save_file
 
 from cuts import cut
 from depthprune.decilm import DeciLMConfig
-from depthprune.errors import ExportError
-from depthprune.export import check_many, expect, export
+from depthprune.errors import ExportError, LayoutError
+from depthprune.export import check_many, expect, export, nemotron_nas
 from depthprune.export.nemotron_nas import MULTIPLE
-from depthprune.model import Model, wrap
+from depthprune.model import Model, load, wrap
 from depthprune.plan import Plan
+from depthprune.surgery import drop
 from depthprune.units import parse
 from families import FAMILIES, configuration, shake
+from tiny_text import make_tokenizer
 
 PLANS = {
     "blocks": ("1", "2"),
@@ -195,3 +197,23 @@ def test_stand_ins_lie_in_biases_or_are_refused(tmp_path: Path) -> None:
             export(cut(model, *units, form=form), tmp_path / "held", "nemotron-nas")
     assert not (tmp_path / "held").exists()
     shutil.rmtree(tmp_path / "folded")
+
+
+def test_what_is_decilm_already_is_not_cut_again(subject: Callable[..., Model], tmp_path: Path) -> None:
+    """It would be of two kinds at once; the folder of form hf can be cut further."""
+    folder = export(cut(subject("llama"), "1.mlp"), tmp_path / "out", "nemotron-nas")
+    make_tokenizer().save_pretrained(folder)
+    again = load(folder, device="cpu", trust_remote_code=True)
+    with pytest.raises(LayoutError, match=r"is DeciLM: prune the folder of form hf that it was made from"):
+        drop(again, Plan(again.reference, parse(["2.self_attn"])))
+    with pytest.raises(ExportError, match=r"form hf cannot hold what is DeciLM already"):
+        export(again, tmp_path / "hf")
+
+
+def test_a_stub_needs_an_attention_to_be_shaped_like(subject: Callable[..., Model], tmp_path: Path) -> None:
+    model = cut(subject("llama"), "1.self_attn", "2.self_attn", "3.self_attn")
+    assert export(model, tmp_path / "out", "nemotron-nas:stub=true")
+    state = {name: weight for name, weight in model.net.state_dict().items() if "self_attn" not in name}
+    model.net.state_dict = lambda: state
+    with pytest.raises(ExportError, match="no attention is left"):
+        nemotron_nas._zeros(model, "model.layers.0")

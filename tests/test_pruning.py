@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import signal
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 
 from command import SMALL, furnish, hold, interrupt, leftovers, run
 from depthprune import oracle, planning, pruning, runtimes, stages
-from depthprune.export import Proof, hf
+from depthprune.export import Proof, hf, nemotron_nas
 from depthprune.plan import Plan
 from depthprune.recover import closed
 
@@ -239,6 +240,41 @@ def test_form_plain_goes_with_a_budget_of_blocks(desk: Path) -> None:
     assert not Path("run").exists()
     assert run(*words, "--drop", "1 block").code == 0
     assert "auto_map" not in read("run/model/config.json")
+
+
+@pytest.mark.usefixtures("unproven")
+def test_a_form_that_lies_beside_the_model(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both folders are there, the one asked for is uploaded; a form that fails at the end gives way to another."""
+    sent: list[Any] = []
+    upload = importlib.import_module("depthprune.export.push")
+    monkeypatch.setattr(upload, "push", lambda folder, *_, **__: sent.append(folder))
+    words = (*RUN, "--no-bench", "--drop", "1 block", "--out", "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(nemotron_nas, "_config", interrupt)
+        assert run(*words, "--form", "nemotron-nas").code == 1
+    assert Path("run/model").is_dir() and not Path("run/nemotron-nas").exists()
+    before = Path("run/losses.jsonl").read_bytes()
+    assert "form was 'nemotron-nas', now 'plain'" in run(*words, "--form", "plain", "--resume").error
+    done = run(*words, "--form", "zeroed", "--resume", "--push-to-hub", "shallow")
+    assert done.code == 0, done.err
+    assert Path("run/losses.jsonl").read_bytes() == before and sent == [Path("run/zeroed")]
+    assert (
+        read("run/zeroed/config.json")["num_hidden_layers"] == 4 != read("run/model/config.json")["num_hidden_layers"]
+    )
+
+
+def test_forms_that_cannot_be_are_refused_before_the_search(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pruning, "choose", lambda *_, **__: pytest.fail("searched"))
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    for form, says in (
+        ("gguf:type=q4km", "unknown GGUF type 'q4km'"),
+        ("gguf", "needs llama.cpp's convert_hf_to_gguf"),
+    ):
+        done = run(*RUN, "--no-bench", "--drop", "1 block", "--form", form, "--out", "run")
+        assert done.code == 2 and says in done.error and not Path("run").exists()
+    monkeypatch.setattr(nemotron_nas, "FAMILIES", ())
+    done = run(*RUN, "--no-bench", "--drop", "1 block", "--form", "nemotron-nas", "--out", "run")
+    assert done.code == 1 and "not shaped like Llama" in done.error and not Path("run").exists()
 
 
 @pytest.mark.usefixtures("unproven")

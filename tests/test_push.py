@@ -16,7 +16,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import broken
-from depthprune import hub
+from command import run
+from depthprune import hub, options
 from depthprune.errors import CheckpointError, DepthpruneError, ExportError
 from depthprune.export import export
 from depthprune.export.card import WARNING, card, license_of, on_hub, public, scrubbed
@@ -121,6 +122,40 @@ def test_an_uneven_folder_says_how_to_load_it(made: Callable[..., Path]) -> None
     text = card(made("1.self_attn", "2.mlp", "3") / "model")
     assert "Gone: 1 `self_attn`, 1 `mlp`, 1 of 4 block," in text
     assert 'from_pretrained("REPO", trust_remote_code=True)' in text and "import depthprune\nfrom transformers" in text
+
+
+def test_folders_that_are_not_shallower_say_what_they_are(made: Callable[..., Path]) -> None:
+    folder = made("1") / "model"
+    assert "the same architecture, shallower" in card(folder) and "which frees 25.0%" in card(folder)
+    (folder / "quantization.json").write_text(
+        json.dumps({"how": "w4a16", "weights": "int4", "made_by": {"llmcompressor": "0.14"}})
+    )
+    broken.configure(folder, quantization_config={"quant_method": "compressed-tensors"})
+    text = card(folder)
+    assert "quantized afterwards (`w4a16`: int4; llmcompressor 0.14)" in text and "nothing else is needed" not in text
+    assert "needs the library for compressed-tensors weights" in text
+    fields = json.loads((folder / "plan.json").read_text())
+    fields["why"]["form"] = "zeroed"
+    (folder / "plan.json").write_text(json.dumps(fields))
+    text = card(folder)
+    assert "layers set to zero" in text and "shallower" not in text and "frees" not in text
+    assert "shallower" not in card(made("1.mlp", name="uneven") / "model")
+
+
+def test_sources_keep_the_last_part_of_their_paths() -> None:
+    """Where a field is known to be a path, blanks and relative folders are no hiding place."""
+    given = ["/srv/Ann Smith/cal.txt", "projects/secret/cal.txt", "task:/srv/ann smith/x.jsonl", "~nobody-here/y.txt"]
+    clean = scrubbed({"sources": [{"path": path, "weight": 1.0} for path in given]})
+    assert [source["path"] for source in clean["sources"]] == ["cal.txt", "cal.txt", "task:x.jsonl", "y.txt"]
+    assert scrubbed("~nobody-here/y.txt") == "y.txt", "a home that is nobody's is no error"
+
+
+def test_a_file_of_llama_cpp_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "load", lambda *_: pytest.fail("loaded"))
+    words = ("--form", "gguf", "--push-to-hub", "shallow", "--out", "out")
+    for command in (("export", "cut"), ("prune", "model", "--data", "text.txt", "--drop", "1 block")):
+        done = run(*command, *words)
+        assert done.code == 2 and done.error.startswith("--push-to-hub uploads folders that transformers loads; for a")
 
 
 def test_recovery_is_said(made: Callable[..., Path]) -> None:

@@ -105,7 +105,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def test_an_unknown_way_lists_the_known_ones(subject: Callable[..., Model], tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"unknown quantization 'w4a61'. Did you mean 'w4a16'\? Available: awq, "):
+    with pytest.raises(
+        OptionError, match=r"unknown quantization 'w4a61'. Did you mean 'w4a16'\? Available: autoround, awq, "
+    ):
         quantize(subject("llama"), tmp_path / "out", "w4a61")
 
 

@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from command import run
 from cuts import cut
 from depthprune import runtimes
 from depthprune.errors import CheckpointError, OptionError
 from depthprune.export import export
-from depthprune.export.check import expect_as_it_is
-from depthprune.model import Model
+from depthprune.export.check import expect_as_it_is, fitted
+from depthprune.model import Model, load
 from depthprune.plan import Plan
 from depthprune.runtimes import Reference, judge, prove, readers, refer
 from depthprune.units import parse
@@ -94,7 +96,7 @@ def fake(folder: Path, script: str) -> str:
     """A Python in which every runtime is installed and answers as ``script`` does, given what is ``asked``."""
     body = f"import json, sys\nasked = json.load(open(sys.argv[-1]))\n{script}\n"
     (folder / "answer.py").write_text(body, encoding="utf-8")
-    shell = f'#!/bin/sh\n[ "$1" = "-c" ] && exit 0\nexec {sys.executable} {folder}/answer.py "$@"\n'
+    shell = f'#!/bin/sh\n[ "$2" = "-c" ] && exit 0\nexec {sys.executable} {folder}/answer.py "$@"\n'
     (folder / "python").write_text(shell, encoding="utf-8")
     (folder / "python").chmod((folder / "python").stat().st_mode | stat.S_IXUSR)
     return str(folder / "python")
@@ -132,7 +134,8 @@ def test_who_reads_what(subject: Callable[..., Model], tmp_path: Path) -> None:
     llama = subject("llama")
     whole, uneven = export(cut(llama, "1"), tmp_path / "whole"), export(cut(llama, "1.mlp"), tmp_path / "uneven")
     deci = export(cut(llama, "1.mlp"), tmp_path / "deci", "nemotron-nas")
-    assert readers(whole) == readers(deci) == ("transformers", "vllm", "mlx")
+    assert readers(whole) == ("transformers", "vllm", "mlx", "openvino")
+    assert readers(deci) == ("transformers", "vllm", "mlx")
     assert readers(uneven) == ("transformers", "vllm")
     assert readers(export(cut(subject("bert"), "1"), tmp_path / "bert")) == ("transformers",)
     (tmp_path / "file").mkdir()
@@ -161,6 +164,74 @@ def test_what_was_written_is_proven_where_it_can_be(
     assert proofs(**sound | {"kv_layers": 4}) == ["KV cache (mlx)"] and not said
     assert proofs(error="Model type llama not supported.") == []
     assert said == ["mlx does not take it: Model type llama not supported."]
+
+
+def test_where_only_one_runtime_reads_a_form_its_refusal_is_a_failure(
+    subject: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, said = cut(subject("llama"), "1"), list[str]()
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "model.gguf").touch()
+    monkeypatch.setenv("DEPTHPRUNE_LLAMA", fake(tmp_path, f"answer = {{'error': 'it does not load'}}\n{SAY}"))
+    [proof] = runtimes.prove_written(tmp_path / "file", model, expect_as_it_is(model), said.append)
+    assert (proof.name, proof.passed, proof.detail) == ("runs in llama.cpp", False, "it does not load") and not said
+
+
+def test_quantized_weights_are_held_to_their_mean() -> None:
+    """Single tokens may be far off, and the greedy text part; a file that computes something else is further off."""
+    rounded = ANSWER | {"dtype": "quantized", "logprobs": [-1.9, -2.0, -0.5, -3.1], "generated": [7, 4, 4]}
+    proofs = judge(rounded, "llama.cpp", REFERENCE)
+    assert [proof.passed for proof in proofs] == [True] * 3 and "quantized" in proofs[1].detail
+    wrong = judge(rounded | {"logprobs": [-4.0, -5.0, -0.5, -3.0], "kv_layers": 9}, "llama.cpp", REFERENCE)
+    assert [proof.passed for proof in wrong] == [True, False, False]
+    assert judge(rounded | {"dtype": "float32"}, "mlx", replace(REFERENCE, dtype="quantized"))[1].passed
+
+
+def test_a_file_is_compared_with_the_folder_that_it_was_made_from(desk: Path) -> None:
+    """Weights were recovered, so the dense model cannot say what the file should compute; the pruned folder can."""
+    Path("plan.json").write_text(json.dumps({"format": 1, "model": {"id": "model"}, "drop": ["1"]}))
+    assert run("drop", "model", "plan.json", "--out", "small").code == 0
+    Path("small/recovery.json").write_text(json.dumps({"format": 1, "stages": []}))
+    reference = refer(load("small", device="cpu"))
+    Path("file").mkdir()
+    Path("file/model.gguf").touch()
+    for name in ("plan.json", "recovery.json"):
+        Path("file", name).write_bytes(Path("small", name).read_bytes())
+    answer = {"logprobs": reference.logprobs, "generated": reference.text[len(reference.prompt) :], "kv_layers": 3}
+    named = fake(desk, f"answer = {answer!r}\n{SAY}")
+    for path in ("file", "file/model.gguf"):
+        words = ("check", path, "--runtime", f"llama.cpp={named}")
+        assert run(*words, "--against", "small").code == 0
+        for more in ((), ("--against", "model")):
+            refused = run(*words, *more)
+            assert refused.code == 2 and "give --against FOLDER, the pruned folder that it was made" in refused.error
+    with save_elsewhere(Path("small/model.safetensors")):  # the twin: of other weights
+        done = run("check", "file", "--runtime", f"llama.cpp={named}", "--against", "small")
+        assert done.code == 1 and "FAIL log-probabilities" in done.out
+
+
+@contextmanager
+def save_elsewhere(file: Path) -> Iterator[None]:
+    """Other weights in a file for a while."""
+    before = load_file(file)
+    save_file({name: 1.5 * weight for name, weight in before.items()}, file, {"format": "pt"})
+    yield
+    save_file(before, file, {"format": "pt"})
+
+
+def test_a_quantized_folder_is_not_held_to_the_dense_numbers(
+    subject: Callable[..., Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = cut(subject("llama"), "1")
+    folder = export(model, tmp_path / "out")
+    exact = fitted(expect_as_it_is(model), folder)
+    assert exact.parameters == model.parameters and "logits" in exact.tensors
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    coarse = fitted(expect_as_it_is(model), folder)
+    assert coarse.parameters is None and set(coarse.tensors) == {"tokens"}
+    monkeypatch.setattr(runtimes, "load", lambda *_, **asked: model if not asked["dequantize"] else None)
+    assert runtimes._reference(folder, subject("llama"), False).dtype == "quantized"
 
 
 def test_the_command(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:

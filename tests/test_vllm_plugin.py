@@ -74,6 +74,12 @@ def test_only_attentions_that_are_left_hold_a_cache(registered: dict[str, str], 
     assert sorted(made.attention_fusers) == left and not hasattr(made, "empty")
 
 
+def test_attentions_may_be_counted_anew(registered: dict[str, str]) -> None:
+    """The folder names blocks; where what is left is numbered without gaps, vLLM misses the last ones."""
+    made = vllm_plugin.DepthpruneForCausalLM([0, 1, 2], 4, [1])
+    assert list(made.compilation_config.static_forward_context) == [f"blocks.{index}.attn" for index in range(3)]
+
+
 def test_the_backend_alone_refuses_and_the_plug_in_refuses_what_the_folder_does_not_say(
     registered: dict[str, str],
 ) -> None:

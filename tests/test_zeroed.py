@@ -68,7 +68,7 @@ def test_what_is_gone_is_zero_and_the_rest_as_it_was(tmp_path: Path) -> None:
     for name, tensor in state.items():
         assert not tensor.any() if name.startswith(gone) else torch.equal(tensor, was[name]), name
     assert Plan.load(tmp_path / "out" / "plan.json").why["form"] == "zeroed"
-    assert readers(tmp_path / "out") == ("transformers", "vllm", "mlx")
+    assert readers(tmp_path / "out") == ("transformers", "vllm", "mlx", "openvino")
 
 
 def test_a_zero_too_few_is_found_out(tmp_path: Path) -> None:

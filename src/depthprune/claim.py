@@ -76,6 +76,8 @@ def examine(settings: Settings, out: Path, *, resume: bool, overwrite: bool) -> 
     if not isinstance(before, dict):
         raise OptionError(f"--resume: {out / 'run.json'} is not that of a run; --overwrite starts again")
     free = MEANS if (out / "model").is_dir() else MEANS | RECOVERS
+    if settings.form != "plain" and not (out / "check.json").is_file():
+        free = free | {"form"}  # one that could not be written gives way to another
     named = sorted(key for key in {*before, *asked} - free if before.get(key) != asked.get(key))
     if named:
         differ = ", ".join(f"{key} was {before.get(key)!r}, now {asked.get(key)!r}" for key in named)

@@ -141,8 +141,11 @@ def compare(
             continue
         row = replace(row, loss=loss, perplexity=math.exp(min(loss, 700.0)))
         if orders is not None:
-            then, size = orders.then(plan, calibration)
-            row = replace(row, prune_quantize=then, quantize_prune=orders.first(plan), quantized_bytes=size)
+            try:
+                then, size = orders.then(plan, calibration)
+                row = replace(row, prune_quantize=then, quantize_prune=orders.first(plan), quantized_bytes=size)
+            except DepthpruneError as error:
+                row = replace(row, note=str(error))
         rows[recipe.spec] = row
         plan.save(out / "plans" / f"{_file(recipe.spec)}.json")
         every = before | rows  # what an earlier run made is kept until it is made again

@@ -27,7 +27,7 @@ from depthprune.options import (
     option,
 )
 from depthprune.plan import rank
-from depthprune.serving import PrivateOption, PushOption
+from depthprune.serving import PrivateOption, PushOption, uploads
 
 COMPARE_QUANTIZE_HELP = (
     "Quantize what each recipe leaves (`w4a16`, `gptq`, …, as `export --quantize`), and test it beside the quantized "
@@ -103,6 +103,8 @@ def prune(
         choice, calibration, common = options.settled(choice, calibration, common)
         options.check(choice, drop)
         registry.find("forms", form)
+        if push_to_hub:
+            uploads(form)
         from depthprune import claim, pruning
 
         settings = claim.Settings(
@@ -131,7 +133,8 @@ def prune(
     if push_to_hub:
         from depthprune.export.push import push
 
-        console.say(f"uploaded to {push(out, push_to_hub, private=private)}")
+        folder = out / beside if (beside := pruning.place_beside(form)) else out
+        console.say(f"uploaded to {push(folder, push_to_hub, private=private)}")
 
 
 @options.command(options.app)

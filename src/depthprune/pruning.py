@@ -20,7 +20,7 @@ from depthprune.console import Console
 from depthprune.data import Data, Mixture, apart, calibrate, check_vocabulary, overlap, warn_overlap
 from depthprune.errors import DataError, DepthpruneError, OptionError
 from depthprune.evaluate import Windows, fits, windows
-from depthprune.export import expect, expect_as_it_is, export
+from depthprune.export import expect, expect_as_it_is, export, ready
 from depthprune.files import read_json, write_json
 from depthprune.mixed import AnyOracle, oracle
 from depthprune.model import Model, load
@@ -31,7 +31,7 @@ from depthprune.report import report
 from depthprune.runtimes import prove_written
 from depthprune.scores import Scores
 from depthprune.stages import describe, evaluate, scores_json, speed, summarize
-from depthprune.surgery import drop
+from depthprune.surgery import drop, prunable
 
 
 def prune(
@@ -48,9 +48,11 @@ def prune(
         console.keep(out / "log.txt")
         console.say("every stage of this run is done")
         return _conclude(out, console)
-    beside = _beside(settings.form)
+    beside = place_beside(settings.form)
     console.say(f"loading {settings.model}")
     model = load_as(settings)
+    prunable(model)
+    ready(model, settings.form)
     budget, unit = settle(settings.drop, settings.unit, model.layout)
     if settings.form == "plain" and unit != "block":
         raise OptionError("--form plain holds whole blocks only: add --unit block, or use --form hf")
@@ -124,7 +126,7 @@ def prune(
     return _conclude(out, console)
 
 
-def _beside(form: str) -> str:
+def place_beside(form: str) -> str:
     """Where a form lies in the run folder that goes beside ``model/``, which transformers loads; empty for none."""
     name = form.partition(":")[0]
     return name if name in ("nemotron-nas", "gguf", "zeroed") else ""
@@ -231,7 +233,7 @@ def _rows(settings: Settings, model: Model, sequences: int, seed: int) -> Data |
 def _files(settings: Settings) -> tuple[str, ...]:
     """What the stages leave in the run folder."""
     bench = ("bench.json",) if settings.bench else ()
-    beside = [name for name in (_beside(settings.form),) if name]
+    beside = [name for name in (place_beside(settings.form),) if name]
     return ("scores.json", "plan.json", "model", *beside, "check.json", "eval.json", *bench)
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from depthprune import options, registry
 from depthprune.console import Console
-from depthprune.errors import OptionError, unknown
+from depthprune.errors import CheckpointError, OptionError, unknown
 from depthprune.files import place
 from depthprune.options import Calibration, Common, FormOption, Loading, OutOption, option
 from depthprune.plan import Plan
+
+if TYPE_CHECKING:
+    from depthprune.model import Model
 
 QUANTIZE_HELP = (
     "Fewer bits: `w4a16` (rounded), `gptq`, `awq`, `autoround` (these need --data), `w8a16`, `w8a8`, `fp8` by "
@@ -22,9 +25,12 @@ PushOption = Annotated[str | None, option("--push-to-hub", "Upload the folder to
 PrivateOption = Annotated[bool, option("--private", "Make the repository a private one.")]
 
 RUNTIME_HELP = (
-    "Where to run it: transformers (the default), vllm, llama.cpp, mlx; may be given several times. `vllm=PATH` names "
-    "the Python that has it, as does DEPTHPRUNE_VLLM (_LLAMA, _MLX) in the environment."
+    "Where to run it: transformers (the default), vllm, llama.cpp, mlx, openvino; may be given several times. "
+    "`vllm=PATH` names the Python that has it, as does DEPTHPRUNE_VLLM (_LLAMA, _MLX, _OPENVINO) in the environment."
 )
+
+
+AGAINST_HELP = "The dense model that the folder's plan.json is for, or the pruned folder that it was made from."
 
 
 @options.command(options.app)
@@ -33,7 +39,7 @@ def check(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder with a model.")],
     loading: Loading,
     common: Common,
-    against: Annotated[str | None, option("--against", "The dense model that the folder's plan.json is for.")] = None,
+    against: Annotated[str | None, option("--against", AGAINST_HELP)] = None,
     runtime: Annotated[list[str] | None, option("--runtime", RUNTIME_HELP)] = None,
 ) -> None:
     """Prove that a folder loads, runs, and means what its plan says; in the runtimes that serve it, too.
@@ -47,7 +53,8 @@ def check(
 
     wanted = runtime or (["transformers"] if "transformers" in runtimes.readers(folder) else ["llama.cpp"])
     others = [name for name in wanted if name != "transformers"]
-    dense = None if against is None else options.load(against, common, loading)
+    runtimes.asked_for(folder, others)
+    dense = None if against is None else _opened(against, common, loading)
     proofs = (
         []
         if wanted == others
@@ -58,12 +65,20 @@ def check(
     judged(console, proofs, f"{folder}:")
 
 
+def _opened(folder: str, common: Common, loading: Loading) -> Model:
+    """A model, with the plan and the recovery that lie beside it, where it is a pruned one."""
+    from depthprune import recovering
+
+    model = options.load(folder, common, loading)
+    return recovering.reopen(model, Path(folder)) if (Path(folder) / "plan.json").is_file() else model
+
+
 def judged(console: Console, proofs: Any, title: str) -> None:
-    """Print proofs; exit with 1 unless all of them hold."""
-    passed = all(proof.passed for proof in proofs)
+    """Print proofs; exit with 1 unless all of them hold. ``passed`` is null where there are none."""
+    passed = all(proof.passed for proof in proofs) if proofs else None
     lines = [title, *(f"  {'ok  ' if proof.passed else 'FAIL'} {proof.name}: {proof.detail}" for proof in proofs)]
     console.result({"passed": passed, "proofs": [proof.to_json() for proof in proofs]}, "\n".join(lines))
-    if not passed:
+    if passed is False:
         raise typer.Exit(1)
 
 
@@ -95,13 +110,12 @@ def export(
         if WAYS[quantize].needs_data and data is None:
             raise OptionError(f"--quantize {quantize} looks at text: give --data FILE")
     place(out, folder=True)
-    from depthprune import recovering
+    if push_to_hub:
+        uploads(form)
     from depthprune.export import check_many, expect_as_it_is, write
     from depthprune.runtimes import prove_written
 
-    made = options.load(folder, common, loading)
-    if (Path(folder) / "plan.json").is_file():
-        made = recovering.reopen(made, Path(folder))
+    made = _opened(folder, common, loading)
     if quantize is None:
         write.export(made, out, form)
         proofs = prove_written(out, made, expect_as_it_is(made), console.say)
@@ -110,12 +124,19 @@ def export(
 
         rows = None if data is None else options.text(data, made, calibration, common)
         pack(made, out, quantize, rows)
-        proofs = check_many({out: None})[out]  # its numbers are others: those of its perplexity are to be compared
+        # Its numbers are others: those of its perplexity are to be compared.
+        proofs = check_many({out: None}, device=str(made.device))[out]
     judged(console, proofs, f"written to {out}")
     if push_to_hub:
         from depthprune.export.push import push as upload
 
         console.say(f"uploaded to {upload(out, push_to_hub, private=private)}")
+
+
+def uploads(form: str) -> None:
+    """Refuse to upload what is no folder that transformers loads. Raises ``OptionError``."""
+    if form.partition(":")[0] == "gguf":
+        raise OptionError("--push-to-hub uploads folders that transformers loads; for a GGUF file: hf upload NAME DIR")
 
 
 @options.command(options.app)
@@ -145,10 +166,14 @@ def bridges(
 ) -> None:
     """Print what other tools are told to make the same cut, or to serve it: mergekit, llama.cpp, vLLM."""
     from depthprune.export.bridges import bridges as spell
+    from depthprune.export.push import places
 
     asked = Plan.load(plan)
     count = blocks or asked.model.blocks
     if count is None:
         raise OptionError(f"{plan} does not say how many blocks its model has: give --blocks")
-    found = spell(asked, count, folder)
+    place = places(folder)[0]
+    if not (place / "config.json").is_file():  # which says whether the others can make this cut
+        raise CheckpointError(f"{folder} is no model: it has no config.json")
+    found = spell(asked, count, place)
     console.result(found, "\n".join(f"# {name}\n{text}" for name, text in found.items()))

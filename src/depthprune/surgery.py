@@ -87,8 +87,12 @@ def drop(model: Model, plan: Plan) -> Model:
     Raises ``PlanError`` where the plan does not fit, ``LayoutError`` where the result is not what the plan means.
     """
     plan.fits(model.reference)
+    prunable(model)
     if not plan.drop:
         return model
+    own, said = model.reference, plan.model  # a plan that was written by hand says less
+    known = replace(said, blocks=said.blocks or own.blocks, fingerprint=said.fingerprint or own.fingerprint)
+    plan = replace(plan, model=known)
     gone = model.layout.gone(plan.drop)
     if not model.layout.viable(plan.drop):
         raise PlanError("this plan drops every block, or every attention: no model would be left; keep at least one")
@@ -110,6 +114,12 @@ def drop(model: Model, plan: Plan) -> Model:
         if not placement.flags:
             break
     raise LayoutError(f"{plan.describe()} cannot be dropped from {type(model.net).__name__}: {reason}")
+
+
+def prunable(model: Model) -> None:
+    """Raise ``LayoutError`` for a model of form nemotron-nas, whose configuration says otherwise what is missing."""
+    if isinstance(getattr(type(model.net.config), "depthprune", None), property):
+        raise LayoutError(f"{model.reference.id} is DeciLM: prune the folder of form hf that it was made from")
 
 
 def _cut(

@@ -89,7 +89,7 @@ def compared(value: Mapping[str, Any]) -> Group:
             continue
         gap = row["behind"]
         cost = (f"{row['evaluations']:,}", f"{row['work']:.0f}", f"{row['seconds']:.1f}")
-        both = [f"{math.exp(row[order]):.2f}" for order in ("prune_quantize", "quantize_prune") if how]
+        both = [_exp(row[order]) for order in ("prune_quantize", "quantize_prune") if how]
         rows.append(
             (
                 row["recipe"],
@@ -104,8 +104,12 @@ def compared(value: Mapping[str, Any]) -> Group:
     last = (f"then {how}", f"{how} first") if how else ("models", "passes", "seconds")
     columns = ("recipe", "cut", "left", "perplexity", "ratio", "above best", *last)
     title = f"{value['budget']} of {value['model']['id']}; {value['text']['name']}; dense {dense:.2f}"
-    title += f", {how} {math.exp(value['dense']['quantized_loss']):.2f}" if how else ""
+    title += f", {how} {_exp(value['dense']['quantized_loss'])}" if how else ""
     return Group(table(columns, rows, title), *notes)
+
+
+def _exp(loss: float | None) -> str:
+    return "" if loss is None or not math.isfinite(loss) else f"{math.exp(min(loss, 700.0)):.2f}"
 
 
 def recovered(value: Mapping[str, Any], out: Path) -> Group:

@@ -51,7 +51,7 @@ def __getattr__(name: str) -> Any:
             blocks = range(self.text_config.num_hidden_layers)
             missing = [index for index in blocks if index not in self.attention_fusers]
             said = (getattr(self.text_config, "depthprune", None) or {}).get("no_cache", ())
-            if len(missing) != len(said):
+            if len(missing) != len(said):  # by number they need not agree: what is left may be counted anew
                 raise ValueError(f"blocks {missing} have no attention that vLLM can find; the folder says {list(said)}")
             self.empty = torch.nn.ModuleDict({str(index): depthprune.skip.Skip(0) for index in missing})
             self.attention_fusers |= {index: (f"empty.{index}", _Nothing()) for index in missing}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,9 @@ _MEASURES = (  # file, field, what it is called, how it is shown
     ("bench", "decode_tokens_per_second", "Decoding, tokens a second", "{:.4g}"),
     ("bench", "peak_bytes", "Peak memory, bytes", "{:,.0f}"),
 )
-_PATH = re.compile(r"(?<![\w/.])(?:~|[A-Za-z]:(?=[\\/])|\.{1,2}(?=[\\/]))?(?!//)[\\/][^\s'\",;:]*[^\s'\",;:./\\]")
+_PATH = re.compile(
+    r"(?<![\w/.])(?:~[\w.-]*|[A-Za-z]:(?=[\\/])|\.{1,2}(?=[\\/]))?(?!//)[\\/][^\s'\",;:]*[^\s'\",;:./\\]"
+)
 _HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -59,8 +62,9 @@ def card(
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {repo.rpartition('/')[2] if repo else title(folder, run)}",
-        _lead(base),
+        _lead(base, config, plan),
         *_cut(plan),
+        *_quantized(folder),
         *_recovered(folder),
         *([] if run is None else _measured(Path(run))),
         _loading(config, repo or "REPO"),
@@ -88,14 +92,22 @@ def public(name: str) -> str:
 def scrubbed(value: Any) -> Any:
     """A JSON value in which every path of a machine, whole or within a text, is its last part."""
     if isinstance(value, dict):
-        return {key: scrubbed(part) for key, part in value.items()}
+        return {key: _last(part) if key == "path" else scrubbed(part) for key, part in value.items()}
     if isinstance(value, list):
         return [scrubbed(part) for part in value]
     if not isinstance(value, str):
         return value
-    if value.startswith(("/", "~", "./", "../")) and "\n" not in value and Path(value).expanduser().exists():
+    if value.startswith(("/", "~", "./", "../")) and "\n" not in value and os.path.exists(os.path.expanduser(value)):
         return Path(value).name
     return _PATH.sub(lambda match: re.split(r"[\\/]", match[0])[-1], value)
+
+
+def _last(path: Any) -> Any:
+    """The last part of a path, whatever its other parts are made of; a task stays one."""
+    if not isinstance(path, str):
+        return scrubbed(path)
+    kind = "task:" if path.startswith("task:") else ""
+    return kind + re.split(r"[\\/]", path.removeprefix(kind))[-1]
 
 
 def license_of(base: str | None) -> str | None:
@@ -117,11 +129,27 @@ def _generates(config: Mapping[str, Any]) -> bool:
     return any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
-def _lead(base: str | None) -> str:
+def _lead(base: str | None, config: Mapping[str, Any], plan: Plan | None) -> str:
     if base is None:
         return "A language model with layers taken out by depthprune."
     name = f"[{base}](https://huggingface.co/{base})" if on_hub(base) else f"`{public(base)}`"
-    return f"{name} with layers taken out by depthprune: the same architecture, shallower."
+    if _zeroed(plan):
+        return f"{name} with layers set to zero by depthprune: it predicts what the pruned model does, in the old size."
+    uneven = config.get("depthprune") or (config.get("text_config") or {}).get("depthprune") or config.get("auto_map")
+    rest = "" if uneven else ": the same architecture, shallower"
+    return f"{name} with layers taken out by depthprune{rest}."
+
+
+def _zeroed(plan: Plan | None) -> bool:
+    return plan is not None and plan.why.get("form") == "zeroed"
+
+
+def _quantized(folder: Path) -> list[str]:
+    if not (folder / "quantization.json").is_file():
+        return []
+    fields = read_json(folder / "quantization.json")
+    made = ", ".join(f"{name} {version}" for name, version in dict(fields.get("made_by") or {}).items())
+    return [f"Its weights are quantized afterwards (`{fields.get('how')}`: {fields.get('weights')}; {made})."]
 
 
 def _cut(plan: Plan | None) -> list[str]:
@@ -130,7 +158,7 @@ def _cut(plan: Plan | None) -> list[str]:
     kinds = Counter(unit.sublayer or "block" for unit in plan.drop)
     total = f" of {plan.model.blocks}" if plan.model.blocks else ""
     counts = [f"{count}{total if kind == 'block' else ''} {_plural(kind, count)}" for kind, count in kinds.items()]
-    freed, why = plan.frees, plan.why
+    freed, why = {} if _zeroed(plan) else plan.frees, plan.why
     gains = []
     if isinstance(share := freed.get("fraction"), int | float):
         gains.append(f"{share:.1%} of the parameters of the blocks")
@@ -206,7 +234,10 @@ def _loading(config: Mapping[str, Any], repo: str) -> str:
         return f"## How to load it\n\n{text}\n\n{_code(trusted)}\n\n{other}\n\n{aware}"
     if config.get("auto_map"):
         return f"## How to load it\n\nWith this repository's own code:\n\n{_code(trusted)}"
-    return f"## How to load it\n\nAs any model of its architecture; nothing else is needed:\n\n{_code(plain)}"
+    needs = "nothing else is needed"
+    if method := (config.get("quantization_config") or {}).get("quant_method"):
+        needs = f"transformers needs the library for {method} weights"
+    return f"## How to load it\n\nAs any model of its architecture; {needs}:\n\n{_code(plain)}"
 
 
 def _code(text: str) -> str:

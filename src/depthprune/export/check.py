@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from depthprune.errors import CheckpointError, DepthpruneError
-from depthprune.export import prove
+from depthprune.export import hf, nemotron_nas, prove
 from depthprune.export.diagnose import diagnose, inferred
 from depthprune.export.proof import Proof as Proof
 from depthprune.files import read_json
@@ -110,7 +110,6 @@ def check(
     path: str | Path,
     against: Model | None = None,
     *,
-    expected: Expected | None = None,
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> list[Proof]:
@@ -119,27 +118,55 @@ def check(
     What its files say is wrong comes first (``diagnose.py``), so that folders of other tools can be looked at too; the
     plan of a folder without one is what its weights say. Plain folders are loaded by stock transformers without
     depthprune; uneven ones with ``trust_remote_code``, and again after ``import depthprune``; folders with code of
-    their own run it only if ``trust_remote_code``. Without a dense model the logits are not compared, nor where weights
-    were recovered. Raises ``CheckpointError`` where the folder is no model.
+    their own run it only if ``trust_remote_code``. ``against`` is the dense model, or a pruned one with the same plan.
+    Without it the logits are not compared, nor where weights were recovered since or are quantized.
+    Raises ``CheckpointError`` where the folder is no model.
     """
     path = Path(path)
     found = diagnose(path, against)
     if not (path / "config.json").is_file() and any(path.glob("*.safetensors")):
         return found  # another tool's, and nothing can load it
+    expected = None
     if against is not None:
-        plan = Plan.load(path / "plan.json") if (path / "plan.json").is_file() else inferred(path, against)
-        expected = None if plan is None else fitted(expect(against, plan), path)
-        if expected is not None and (path / "recovery.json").is_file():  # other weights, in the same structure
-            expected = replace(expected, tensors={"tokens": expected.tensors["tokens"]})
+        plan = plan_of(path) or inferred(path, against)
+        if same_cut(against, plan):
+            expected = fitted(expect_as_it_is(against), path)
+        elif plan is not None:
+            expected = fitted(expect(against, plan), path)
+            if (path / "recovery.json").is_file():  # other weights, in the same structure
+                expected = replace(expected, tensors={"tokens": expected.tensors["tokens"]})
         device = str(against.device)
     return found + check_many({path: expected}, device=device, trust_remote_code=trust_remote_code)[path]
 
 
 def fitted(expected: Expected, path: Path) -> Expected:
-    """What to expect of a folder whose form holds more parameters than the plan leaves, all of them zero."""
-    plan = Plan.load(path / "plan.json") if (path / "plan.json").is_file() else None
+    """What to expect of a folder that holds more parameters than the plan leaves, all zero, or quantized ones."""
+    if quantized(path):
+        return replace(expected, parameters=None, tensors={"tokens": expected.tensors["tokens"]})
     pads = _config(path).get("model_type") == "nemotron-nas"
-    return replace(expected, parameters=None) if pads or (plan and plan.why.get("form") == "zeroed") else expected
+    return replace(expected, parameters=None) if pads or zeroed(plan_of(path)) else expected
+
+
+def plan_of(path: Path) -> Plan | None:
+    """The plan that lies in a folder."""
+    return Plan.load(path / "plan.json") if (path / "plan.json").is_file() else None
+
+
+def zeroed(plan: Plan | None) -> bool:
+    """Whether a plan is that of a folder in the dense shape."""
+    return plan is not None and plan.why.get("form") == "zeroed"
+
+
+def quantized(path: Path) -> bool:
+    """Whether the weights in a folder are quantized, and so others by intention."""
+    return (path / "config.json").is_file() and bool(_config(path).get("quantization_config"))
+
+
+def same_cut(model: Model, plan: Plan | None) -> bool:
+    """Whether a model is one that was pruned by this very plan already."""
+    if model.plan is None or plan is None or plan.model.fingerprint == model.reference.fingerprint:
+        return False
+    return set(model.plan.drop) == set(plan.drop)
 
 
 def check_many(
@@ -156,7 +183,7 @@ def check_many(
                 save_file(tensors, file)
             except SafetensorError as error:
                 raise DepthpruneError(f"cannot write a probe into {scratch}: {error}") from None
-            for route in routes(config, trust_remote_code):
+            for route in routes(config, trust_remote_code or own_code(path)):
                 item = {"path": str(path), "auto": auto_name(config), "route": route, "probe": str(file)}
                 dtype = expected.dtype if expected is not None else "float32" if device == "cpu" else _dtype(config)
                 places = None if expected is None else expected.places
@@ -174,14 +201,21 @@ def check_many(
 def routes(config: Mapping[str, Any], trusted: bool = False) -> tuple[str, ...]:
     """How a folder is meant to be loaded: plainly, or (uneven ones) as remote code and with depthprune imported.
 
-    A folder with code of somebody else is loaded with that code where it is trusted.
+    Code that lies in a folder is run where it is trusted, and where depthprune wrote it.
     """
     text = config.get("text_config", config)
-    if config.get("model_type") == "nemotron-nas":
-        return ("remote",)
     if text.get("depthprune") or config.get("depthprune"):
-        return ("remote", "aware")
+        return ("remote", "aware") if trusted else ("aware",)
     return ("remote",) if trusted and config.get("auto_map") else ("plain",)
+
+
+def own_code(path: Path) -> bool:
+    """Whether all code that lies in a folder is, to the letter, what this version of depthprune writes."""
+    files = sorted(path.rglob("*.py"))
+    return bool(files) and all(
+        (nemotron_nas.code() | hf.code(text)).get(file.name) == text
+        for file, text in ((file, file.read_text("utf-8", "replace")) for file in files)
+    )
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -52,13 +52,8 @@ def write(model: Model, path: str | Path, *, type: str = "f16", converter: str =
     Raises ``OptionError`` for an unknown type and a missing tool, ``ExportError`` where llama.cpp cannot express the
     plan.
     """
-    if type not in CONVERTED + QUANTIZED:
-        raise unknown("GGUF type", type, CONVERTED + QUANTIZED)
-    if windows not in ("refuse", "limit"):
-        raise unknown("windows", windows, ("refuse", "limit"))
+    script = tools(type=type, converter=converter, windows=windows)
     path = place(path, folder=True)
-    script = llama_cpp.converter(converter)
-    gguf_file.library()
     gone, constants = missing(model)
     hf.room(model, path)
     with new_folder(path) as folder:
@@ -89,6 +84,16 @@ def write(model: Model, path: str | Path, *, type: str = "f16", converter: str =
         if model.recovery is not None:
             write_json(folder / "recovery.json", model.recovery)
     return path
+
+
+def tools(*, type: str = "f16", converter: str = "", windows: str = "refuse") -> Path:
+    """Check what can be checked before there is a model to write, as ``write`` does, and find the converter."""
+    if type not in CONVERTED + QUANTIZED:
+        raise unknown("GGUF type", type, CONVERTED + QUANTIZED)
+    if windows not in ("refuse", "limit"):
+        raise unknown("windows", windows, ("refuse", "limit"))
+    gguf_file.library()
+    return llama_cpp.converter(converter)
 
 
 def missing(model: Model) -> tuple[dict[int, frozenset[str]], dict[tuple[int, str], Array]]:

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +52,12 @@ def write(model: Model, path: str | Path) -> Path:
     path = place(path, folder=True)
     room(model, path)
     net, config = model.net, model.net.config
+    if config.model_type == "nemotron-nas":
+        raise ExportError("form hf cannot hold what is DeciLM already: export the folder that it was made from")
     changed = ("dtype", "auto_map", "architectures")
     before = {name: vars(config)[name] for name in changed if name in vars(config)}
     try:
-        with new_folder(path) as folder:
+        with filled(path) as folder:
             if uneven(model):
                 config.auto_map = _modelling(net, folder)
             with _quiet():
@@ -65,13 +70,21 @@ def write(model: Model, path: str | Path) -> Path:
             config.dtype = model.dtype  # where transformers has put the type that the network computes in
             config.save_pretrained(folder)
             companions(model, folder)
-    except SafetensorError as error:
-        raise ExportError(f"cannot write the weights to {path}: {error}") from None
     finally:
         for name in changed:
             vars(config).pop(name, None)
         vars(config).update(before)
     return path
+
+
+@contextmanager
+def filled(path: Path) -> Iterator[Path]:
+    """``new_folder`` for weights: also turns what safetensors says of a full disk into one line."""
+    try:
+        with new_folder(path) as folder:
+            yield folder
+    except SafetensorError as error:
+        raise ExportError(f"cannot write the weights to {path}: {error}") from None
 
 
 def companions(model: Model, folder: Path) -> None:
@@ -83,7 +96,8 @@ def companions(model: Model, folder: Path) -> None:
     if model.recovery is not None:
         write_json(folder / "recovery.json", model.recovery)
     for file in folder.iterdir():  # safetensors makes files that only their owner can read
-        file.chmod((folder / "config.json").stat().st_mode)
+        if file.is_file():
+            file.chmod((folder / "config.json").stat().st_mode)
 
 
 def whole_config(model: Model) -> Any:
@@ -184,14 +198,21 @@ def _modelling(net: Any, folder: Path) -> dict[str, str]:
         auto_name(net.config.to_dict() | {"architectures": [type(net).__name__]}): stock(net),
         "AutoModel": stock(net.base_model),
     }
+    pairs = [(kind.__module__, kind.__name__) for kind in dict.fromkeys(classes.values())]
+    (folder / f"{MODELLING}.py").write_text(_text(pairs), encoding="utf-8")
+    return {name: f"{MODELLING}.{kind.__name__}" for name, kind in classes.items()}
+
+
+def _text(pairs: Iterable[tuple[str, str]]) -> str:
+    """The modelling file for classes of transformers, by module and name."""
     lines = [inspect.getsource(skip).rstrip(), ""]
-    for kind in dict.fromkeys(classes.values()):
+    for module, name in pairs:
         lines += [
             "",
-            f"from {kind.__module__} import {kind.__name__} as Stock{kind.__name__}  # noqa: E402",
+            f"from {module} import {name} as Stock{name}  # noqa: E402",
             "",
             "",
-            f"class {kind.__name__}(Stock{kind.__name__}):",
+            f"class {name}(Stock{name}):",
             '    """The stock architecture without the sublayers that its configuration skips."""',
             "",
             "    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:",
@@ -203,8 +224,13 @@ def _modelling(net: Any, folder: Path) -> dict[str, str]:
             '        """Convert and initialise weights as for the stock class; hence its name, too."""',
             "        return False",
         ]
-    (folder / f"{MODELLING}.py").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return {name: f"{MODELLING}.{kind.__name__}" for name, kind in classes.items()}
+    return "\n".join(lines) + "\n"
+
+
+def code(text: str) -> dict[str, str]:
+    """The modelling file that depthprune writes for the classes that one names, by its name."""
+    named = re.findall(r"^from (transformers\.models\.[\w.]+) import (\w+) as Stock\w+ ", text, re.MULTILINE)
+    return {f"{MODELLING}.py": _text(named)}
 
 
 def stock(net: Any) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor
 from depthprune import decilm, skip
 from depthprune.errors import ExportError
 from depthprune.export import hf
-from depthprune.files import new_folder, place, write_json
+from depthprune.files import place, write_json
 from depthprune.layout import blocks_of
 from depthprune.model import Model
 from depthprune.offload import offloaded
@@ -42,11 +41,11 @@ def write(model: Model, path: str | Path, *, stub: bool = False) -> Path:
     path = place(path, folder=True)
     hf.room(model, path)
     state, config = _state(model, stub), _config(model, stub)
-    with new_folder(path) as folder:
+    with hf.filled(path) as folder:
         write_json(folder / "config.json", config)
         save_torch_state_dict(state, folder, metadata={"format": "pt"})
-        shutil.copyfile(inspect.getfile(decilm), folder / "configuration_decilm.py")
-        (folder / "modeling_decilm.py").write_text(_modelling(), encoding="utf-8")
+        for name, text in code().items():
+            (folder / name).write_text(text, encoding="utf-8")
         if getattr(model.net, "generation_config", None) is not None:
             model.net.generation_config.save_pretrained(folder)
         hf.companions(model, folder)
@@ -203,7 +202,9 @@ def _padded(tensor: Tensor, more: int, part: str, name: str) -> Tensor:
 def _zeros(model: Model, first: str) -> Mapping[str, Tensor]:
     """An attention that adds nothing, in the shapes of another block's."""
     state, path = model.net.state_dict(), model.layout.path
-    index = next(n for n in range(len(model.layout.blocks)) if f"{path}.{n}.self_attn.q_proj.weight" in state)
+    index = next((n for n in range(len(model.layout.blocks)) if f"{path}.{n}.self_attn.q_proj.weight" in state), None)
+    if index is None:
+        raise ExportError("form nemotron-nas: no attention is left whose shapes a stub could have")
     prefix = f"{path}.{index}."
     names = [f"self_attn.{part}.{kind}" for part in _PARTS for kind in ("weight", "bias")] + ["input_layernorm.weight"]
     return {
@@ -213,9 +214,9 @@ def _zeros(model: Model, first: str) -> Mapping[str, Tensor]:
     }
 
 
-def _modelling() -> str:
-    """The modelling file for transformers: Llama, less what the configuration says is missing."""
-    return "\n".join(
+def code() -> dict[str, str]:
+    """The code that a folder carries, by file: DeciLM's configuration, and Llama less what that says is missing."""
+    modelling = "\n".join(
         [
             inspect.getsource(skip).rstrip(),
             "",
@@ -236,3 +237,4 @@ def _modelling() -> str:
             "",
         ]
     )
+    return {"configuration_decilm.py": inspect.getsource(decilm), "modeling_decilm.py": modelling}

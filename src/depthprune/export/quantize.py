@@ -31,7 +31,7 @@ from depthprune.data import Data, Mixture, check_vocabulary
 from depthprune.errors import ExportError, OptionError, unknown
 from depthprune.export import hf
 from depthprune.export.ways import LLM_COMPRESSOR, NEEDS, TORCHAO, WAYS, Way
-from depthprune.files import new_folder, place, read_json, write_json, write_text
+from depthprune.files import place, read_json, write_json, write_text
 from depthprune.layout import blocks_of
 from depthprune.model import Model, auto_name
 from depthprune.offload import offloaded
@@ -71,7 +71,7 @@ def quantize(model: Model, path: str | Path, how: str, data: Data | Mixture | No
     layers = linear_layers(model.net, model.layout.path)
     size = group_size(how, way, layers, group)
     rows = [] if data is None or not way.needs_data else batches(data, model)
-    with new_folder(path) as folder:
+    with hf.filled(path) as folder:
         dense = hf.write(model, folder / "dense")
         with silence():
             if way.library == LLM_COMPRESSOR:

@@ -81,7 +81,7 @@ def _shape(model: Model, dense: str) -> tuple[Any, list[int] | None]:
         raise ExportError(f"form zeroed cannot tell which of {total} blocks the {left} that are left were")
     source = dense or model.plan.model.id
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
+        config = transformers.AutoConfig.from_pretrained(source, revision=None if dense else model.plan.model.revision)
     except (OSError, ValueError) as error:
         line = " ".join(str(error).split())[:160]
         raise ExportError(f"form zeroed needs the dense model's configuration: zeroed:dense=FOLDER ({line})") from None

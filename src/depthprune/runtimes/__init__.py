@@ -22,15 +22,30 @@ from typing import Any
 import torch
 
 from depthprune.errors import CheckpointError, OptionError, unknown
-from depthprune.export.check import COARSE, TOLERANCE, Expected, Proof, check_many, fitted, probe
+from depthprune.export.check import (
+    COARSE,
+    TOLERANCE,
+    Expected,
+    Proof,
+    check_many,
+    fitted,
+    plan_of,
+    probe,
+    quantized,
+    same_cut,
+    zeroed,
+)
 from depthprune.files import read_json
 from depthprune.model import Model, auto_name, load
 from depthprune.plan import Plan
 from depthprune.surgery import without
+from depthprune.units import parse
 
-RUNTIMES = {"vllm": "vllm", "llama.cpp": "llama_cpp", "mlx": "mlx_lm"}  # the module that makes each one importable
-INSTALL = {"vllm": "vllm", "llama.cpp": "llama-cpp", "mlx": "mlx"}  # the extra that installs it
+# The module that makes each one importable, and the extra that installs it.
+RUNTIMES = {"vllm": "vllm", "llama.cpp": "llama_cpp", "mlx": "mlx_lm", "openvino": "openvino"}
+INSTALL = {"vllm": "vllm", "llama.cpp": "llama-cpp", "mlx": "mlx", "openvino": "openvino"}
 PROMPT, NEW = 24, 64
+ROUNDED = 0.5  # nats that quantized weights may be off on the mean token
 
 
 @dataclass(frozen=True)
@@ -95,24 +110,12 @@ def python(runtime: str, named: str | None = None) -> str:
     found = shutil.which(chosen)
     module = RUNTIMES[runtime]
     look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
-    if found is None or subprocess.run([found, "-c", look], capture_output=True, check=False).returncode:
+    if found is None or subprocess.run([found, "-P", "-c", look], capture_output=True, check=False).returncode:
         there = "here" if chosen == sys.executable else f"for {chosen}"
         raise OptionError(
             f"{runtime} is not installed {there}: pip install 'depthprune[{INSTALL[runtime]}]', "
             f"or name a Python that has it: --runtime {runtime}=PATH"
         )
-    return found
-
-
-def installed() -> list[str]:
-    """The runtimes that can be run."""
-    found = []
-    for runtime in RUNTIMES:
-        try:
-            python(runtime)
-        except OptionError:
-            continue
-        found.append(runtime)
     return found
 
 
@@ -122,17 +125,22 @@ def readers(folder: str | Path) -> tuple[str, ...]:
     Raises ``CheckpointError`` where the folder is no model.
     """
     folder = Path(folder)
-    if folder.suffix == ".gguf" or any(folder.glob("*.gguf")):
+    if folder.suffix == ".gguf" or (folder / "model.gguf").is_file():
         return ("llama.cpp",)
     if not (folder / "config.json").is_file():
         if any(folder.glob("*.safetensors")):
             return ("transformers",)  # another tool's, which ``check`` has something to say of
         raise CheckpointError(f"{folder} is no model: it has no config.json and no file.gguf")
     config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        return ("transformers",)  # which has something to say of that, too
     if not auto_name(config).endswith("ForCausalLM"):
         return ("transformers",)
     uneven = config.get("depthprune") or config.get("text_config", {}).get("depthprune")
-    return ("transformers", "vllm") if uneven else ("transformers", "vllm", "mlx")
+    if uneven:
+        return ("transformers", "vllm")
+    plain = config.get("model_type") != "nemotron-nas"
+    return ("transformers", "vllm", "mlx", "openvino") if plain else ("transformers", "vllm", "mlx")
 
 
 def prove_written(folder: Path, model: Model, expected: Expected, say: Callable[[str], None]) -> list[Proof]:
@@ -147,7 +155,7 @@ def prove_installed(folder: str | Path, model: Model, say: Callable[[str], None]
     """Prove a folder in every runtime that is installed and reads its form, against a model in memory.
 
     A runtime that does not take the model (another family, another platform) is told of with ``say``, not held against
-    the folder; one that takes it and computes something else is.
+    the folder, unless nothing else reads it; one that takes it and computes something else is.
     """
     proofs, reference = list[Proof](), None
     for runtime in [name for name in readers(folder) if name in RUNTIMES]:
@@ -159,7 +167,7 @@ def prove_installed(folder: str | Path, model: Model, say: Callable[[str], None]
             continue
         reference = reference or refer(model)
         found = prove(folder, runtime, adjusted(reference, Path(folder)), trust_remote_code=True)
-        if found[0].passed:
+        if found[0].passed or readers(folder) == (runtime,):
             proofs += found
         else:
             say(f"{runtime} does not take it: {found[0].detail}")
@@ -169,47 +177,70 @@ def prove_installed(folder: str | Path, model: Model, say: Callable[[str], None]
 def prove_asked(folder: str | Path, asked: Sequence[str], dense: Model | None, trust_remote_code: bool) -> list[Proof]:
     """Prove a folder in runtimes that were asked for by name, as ``vllm`` or ``vllm=PATH/TO/python``.
 
-    The reference is the dense model without the units of the folder's plan; where weights were recovered, stand-ins
-    filled, or no dense model is given, the folder itself as PyTorch runs it.
+    The reference is the dense model without the units of the folder's plan, or, where ``dense`` has the same plan, the
+    pruned model as it is; where weights were recovered, stand-ins filled, or no model is given, the folder itself as
+    PyTorch runs it, and so where its weights are quantized.
     Raises ``OptionError`` for a runtime that is unknown or not installed, or where there is nothing to compare with.
     """
     folder = Path(folder)
-    parted = [text.partition("=") for text in asked]
-    for runtime, _, named in parted:
-        python(runtime, named or None)
-        if runtime not in readers(folder):
-            raise OptionError(f"{runtime} does not read {folder}: {_forms(runtime)}")
+    parted = asked_for(folder, asked)
     reference = adjusted(_reference(folder, dense, trust_remote_code), folder)
     trust = trust_remote_code
     return [
         proof
-        for runtime, _, named in parted
+        for runtime, named in parted
         for proof in prove(folder, runtime, reference, named or None, trust_remote_code=trust)
     ]
 
 
+def asked_for(folder: Path, asked: Sequence[str]) -> list[tuple[str, str]]:
+    """Runtimes and the Pythons that have them, as asked for; refuses, as ``prove_asked`` does, what cannot be run."""
+    parted = [(runtime, named) for runtime, _, named in (text.partition("=") for text in asked)]
+    for runtime, named in parted:
+        python(runtime, named or None)
+        if runtime not in readers(folder):
+            raise OptionError(f"{runtime} does not read {folder}: {_forms(runtime)}")
+    return parted
+
+
 def _forms(runtime: str) -> str:
     can = {"llama.cpp": "it reads --form gguf", "mlx": "it reads --form nemotron-nas and whole-block plans"}
+    can["openvino"] = "it reads whole-block plans and --form zeroed"
     return can.get(runtime, "it reads --form hf and nemotron-nas of decoders")
 
 
 def _reference(folder: Path, dense: Model | None, trust_remote_code: bool) -> Reference:
-    plan = Plan.load(folder / "plan.json") if (folder / "plan.json").is_file() else None
-    if dense is not None and plan is not None and not plan.stand_in and not (folder / "recovery.json").is_file():
+    home = folder.parent if folder.is_file() else folder
+    plan = plan_of(home)
+    if dense is not None and same_cut(dense, plan):
+        return refer(dense)
+    changed = (plan is not None and plan.stand_in) or (home / "recovery.json").is_file()
+    if dense is not None and plan is not None and not changed and not quantized(home):
         return refer(dense, plan)
     if "transformers" not in readers(folder):
-        raise OptionError(f"nothing to compare {folder} with: give --against MODEL, a folder that PyTorch runs")
-    return refer(load(folder, device="cpu", dtype="float32", trust_remote_code=trust_remote_code))
+        raise OptionError(
+            f"nothing to compare {folder} with: give --against FOLDER, the pruned folder that it was made from"
+            + ("" if changed else ", or the dense model")
+        )
+    given: dict[str, Any] = {"device": "cpu", "dtype": "float32", "trust_remote_code": trust_remote_code}
+    reference = refer(load(folder, **given, dequantize=False))
+    return replace(reference, dtype="quantized") if quantized(home) else reference
 
 
 def adjusted(reference: Reference, folder: Path) -> Reference:
-    """The reference without the count of attentions where a form keeps all of them, as zeros."""
-    return replace(reference, attentions=None) if _zeroed(folder) else reference
+    """The reference without the count of attentions where a form keeps some of them that the plan drops."""
+    plan = plan_of(folder.parent if folder.is_file() else folder)
+    held = plan is not None and any(parse([name])[0].block == 0 for name in plan.stand_in)
+    stub = plan is not None and "0" in {str(unit.block) for unit in plan.drop} and _first_attention(folder)
+    kept = zeroed(plan) or stub or (held and "llama.cpp" in readers(folder))
+    return replace(reference, attentions=None) if kept else reference
 
 
-def _zeroed(folder: Path) -> bool:
-    plan = Plan.load(folder / "plan.json") if (folder / "plan.json").is_file() else None
-    return plan is not None and plan.why.get("form") == "zeroed"
+def _first_attention(folder: Path) -> bool:
+    """Whether a folder of DeciLM has an attention in its first block."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    entries = config.get("block_configs") or [{}]
+    return entries[0].get("attention", {}).get("no_op") is False
 
 
 def prove(
@@ -247,18 +278,37 @@ def judge(answer: Mapping[str, Any], runtime: str, reference: Reference) -> list
         return [Proof(f"runs in {runtime}", False, str(answer["error"]))]
     name = str(answer.get("version") or runtime)
     proofs = [Proof(f"runs in {runtime}", True, name)]
-    tolerance = TOLERANCE if answer.get("dtype", reference.dtype) == "float32" else COARSE
+    dtype = reference.dtype if reference.dtype == "quantized" else answer.get("dtype", reference.dtype)
     gaps = [abs(a - b) for a, b in zip(answer["logprobs"], reference.logprobs, strict=True)]
+    if dtype == "quantized":
+        return [*proofs, *_coarse(gaps, answer, runtime, reference)]
+    tolerance = TOLERANCE if dtype == "float32" else COARSE
     allowed = tolerance * max(1.0, *(-value for value in reference.logprobs)) if tolerance == COARSE else tolerance
     worst = max(gaps, key=lambda gap: math.inf if math.isnan(gap) else gap)
     detail = f"largest gap {worst:.2g} nats over {len(gaps)} tokens"
     proofs.append(Proof(f"log-probabilities ({runtime})", worst <= allowed, detail))
     proofs.append(_greedy(answer["generated"], runtime, reference, 2 * allowed))
-    if reference.attentions is not None and answer.get("kv_layers") is not None:
-        kept = answer["kv_layers"]
-        detail = f"{kept} layers keep keys and values, {reference.attentions} attentions are left"
-        proofs.append(Proof(f"KV cache ({runtime})", kept == reference.attentions, detail))
-    return proofs
+    return [*proofs, *_cache(answer, runtime, reference)]
+
+
+def _coarse(gaps: Sequence[float], answer: Mapping[str, Any], runtime: str, reference: Reference) -> list[Proof]:
+    """What can be asked of quantized weights: numbers near enough that only rounding can be behind their gaps.
+
+    The text need not be the same: a greedy one parts at the first token that rounding decides.
+    """
+    mean = sum(gaps) / len(gaps)
+    detail = f"mean gap {mean:.2g} nats over {len(gaps)} tokens, quantized"
+    proofs = [Proof(f"log-probabilities ({runtime})", mean <= ROUNDED, detail)]
+    return [*proofs, *_cache(answer, runtime, reference)]
+
+
+def _cache(answer: Mapping[str, Any], runtime: str, reference: Reference) -> list[Proof]:
+    """Whether as many layers keep keys and values as attentions are left, where both can be told."""
+    if reference.attentions is None or answer.get("kv_layers") is None:
+        return []
+    kept = answer["kv_layers"]
+    detail = f"{kept} layers keep keys and values, {reference.attentions} attentions are left"
+    return [Proof(f"KV cache ({runtime})", kept == reference.attentions, detail)]
 
 
 def _greedy(generated: Sequence[int], runtime: str, reference: Reference, tie: float) -> Proof:

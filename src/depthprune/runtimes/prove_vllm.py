@@ -18,9 +18,13 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Load the folder, score the text, and continue the prompt greedily."""
+    import torch
     import vllm
 
     text, prompt = request["text"], request["prompt"]
+    if torch.cuda.is_available():  # the process that asks may hold models there, too
+        free, total = torch.cuda.mem_get_info()
+        request.setdefault("options", {}).setdefault("gpu_memory_utilization", round(0.9 * free / total, 3))
     llm = vllm.LLM(
         request["path"],
         dtype=request["dtype"],
