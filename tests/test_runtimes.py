@@ -255,3 +255,17 @@ def test_the_command(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         }  # fmt: skip
     both = run("check", "small", "--runtime", "transformers", "--runtime", f"mlx={named}")
     assert "ok   loads with plain transformers" in both.out and "FAIL greedy text (mlx)" in both.out
+
+
+def test_layers_of_cache_that_a_form_keeps_are_not_held_against_it(
+    subject: Callable[..., Model], tmp_path: Path
+) -> None:
+    """A stub of zeros for the attention of block 0 has its layer; where a whole block 0 is gone there is none."""
+    for number, (units, option, counted) in enumerate(
+        [(("0.self_attn",), ":stub=true", None), (("0.self_attn",), "", 3), (("0",), ":stub=true", 3)]
+    ):
+        model = cut(subject("llama"), *units)
+        folder = export(model, tmp_path / str(number), f"nemotron-nas{option}")
+        assert runtimes.adjusted(refer(model), folder).attentions == counted
+    model = cut(subject("llama"), "1.self_attn")
+    assert runtimes.adjusted(refer(model), export(model, tmp_path / "zeroed", "zeroed")).attentions is None

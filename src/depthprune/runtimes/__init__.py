@@ -179,7 +179,7 @@ def prove_asked(folder: str | Path, asked: Sequence[str], dense: Model | None, t
 
     The reference is the dense model without the units of the folder's plan, or, where ``dense`` has the same plan, the
     pruned model as it is; where weights were recovered, stand-ins filled, or no model is given, the folder itself as
-    PyTorch runs it, and so where its weights are quantized.
+    PyTorch runs it.
     Raises ``OptionError`` for a runtime that is unknown or not installed, or where there is nothing to compare with.
     """
     folder = Path(folder)
@@ -204,26 +204,30 @@ def asked_for(folder: Path, asked: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _forms(runtime: str) -> str:
-    can = {"llama.cpp": "it reads --form gguf", "mlx": "it reads --form nemotron-nas and whole-block plans"}
-    can["openvino"] = "it reads whole-block plans and --form zeroed"
+    can = {
+        "llama.cpp": "it reads --form gguf",
+        "mlx": "it reads --form nemotron-nas and whole-block plans",
+        "openvino": "it reads whole-block plans and --form zeroed",
+    }
     return can.get(runtime, "it reads --form hf and nemotron-nas of decoders")
 
 
 def _reference(folder: Path, dense: Model | None, trust_remote_code: bool) -> Reference:
     home = folder.parent if folder.is_file() else folder
     plan = plan_of(home)
-    if dense is not None and same_cut(dense, plan):
-        return refer(dense)
     changed = (plan is not None and plan.stand_in) or (home / "recovery.json").is_file()
-    if dense is not None and plan is not None and not changed and not quantized(home):
-        return refer(dense, plan)
-    if "transformers" not in readers(folder):
+    if dense is not None and same_cut(dense, plan):
+        reference = refer(dense)
+    elif dense is not None and plan is not None and not changed:
+        reference = refer(dense, plan)
+    elif "transformers" in readers(folder):
+        given: dict[str, Any] = {"device": "cpu", "dtype": "float32", "trust_remote_code": trust_remote_code}
+        reference = refer(load(folder, **given, dequantize=False))
+    else:
         raise OptionError(
             f"nothing to compare {folder} with: give --against FOLDER, the pruned folder that it was made from"
             + ("" if changed else ", or the dense model")
         )
-    given: dict[str, Any] = {"device": "cpu", "dtype": "float32", "trust_remote_code": trust_remote_code}
-    reference = refer(load(folder, **given, dequantize=False))
     return replace(reference, dtype="quantized") if quantized(home) else reference
 
 
@@ -231,7 +235,8 @@ def adjusted(reference: Reference, folder: Path) -> Reference:
     """The reference without the count of attentions where a form keeps some of them that the plan drops."""
     plan = plan_of(folder.parent if folder.is_file() else folder)
     held = plan is not None and any(parse([name])[0].block == 0 for name in plan.stand_in)
-    stub = plan is not None and "0" in {str(unit.block) for unit in plan.drop} and _first_attention(folder)
+    parts = plan is not None and any(unit.block == 0 and unit.sublayer for unit in plan.drop)
+    stub = parts and _first_attention(folder)
     kept = zeroed(plan) or stub or (held and "llama.cpp" in readers(folder))
     return replace(reference, attentions=None) if kept else reference
 
