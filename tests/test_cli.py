@@ -279,6 +279,14 @@ def test_drop_and_check_and_export(desk: Path) -> None:
     first, again = (load_file(f"{name}/model.safetensors") for name in ("small", "again"))
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
 
+    for words, says in (
+        (("--data", "text.txt"), "--data is what --quantize gptq, awq and autoround look at"),
+        (("--quantize", "gptq"), "--quantize gptq looks at text: give --data FILE"),
+        (("--quantize", "w4a16", "--form", "gguf"), "--quantize is for --form hf, not gguf"),
+    ):
+        refused = run("export", "small", "--out", "odd", *words)
+        assert refused.code == 2 and refused.error.startswith(says) and not Path("odd").exists()
+
     changed, lacking = copy(Path("small"), Path("changed")), copy(Path("small"), Path("lacking"))
     name = "model.layers.1.mlp.down_proj.weight"
     save_file(first | {name: first[name] * 1.5}, changed / "model.safetensors", {"format": "pt"})

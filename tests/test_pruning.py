@@ -258,6 +258,7 @@ def test_a_form_that_lies_beside_the_model(desk: Path, monkeypatch: pytest.Monke
     done = run(*words, "--form", "zeroed", "--resume", "--push-to-hub", "shallow")
     assert done.code == 0, done.err
     assert Path("run/losses.jsonl").read_bytes() == before and sent == [Path("run/zeroed")]
+    assert {proof["name"].partition(":")[0] for proof in read("run/check.json")["proofs"]} == {"model", "zeroed"}
     assert (
         read("run/zeroed/config.json")["num_hidden_layers"] == 4 != read("run/model/config.json")["num_hidden_layers"]
     )

@@ -466,8 +466,9 @@ def test_a_quantized_folder_loads_and_means_what_it_should(how: str, units: tupl
     assert sum(t.numel() * t.element_size() for t in state.values()) < 0.75 * model.bytes
     record = json.loads((folder / "quantization.json").read_text())
     assert record["logit_error"] < 0.5
-    proofs = [proof for proof in check(folder) if proof.name.startswith("loads")]
-    assert proofs and all(proof.passed for proof in proofs), proofs
+    proofs = check(folder)
+    assert {proof.name.partition(" ")[0] for proof in proofs} == {"loads", "cached"}
+    assert all(proof.passed for proof in proofs), proofs
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -108,7 +108,11 @@ def prune(
         cut = pair["pruned"].plan or plan
         wanted = expect_as_it_is(pair["recovered"]) if "recovered" in pair else expect(model, cut)
         folders = [out / name for name in ("model", beside) if name]
-        proofs = [p for f in folders for p in prove_written(f, [*pair.values()][-1], wanted, console.say)]
+        proofs = [
+            replace(proof, name=f"{folder.name}: {proof.name}") if beside else proof
+            for folder in folders
+            for proof in prove_written(folder, [*pair.values()][-1], wanted, console.say)
+        ]
         passed = all(proof.passed for proof in proofs)
         write_json(out / "check.json", {"format": 1, "passed": passed, "proofs": [p.to_json() for p in proofs]})
         for proof in proofs:

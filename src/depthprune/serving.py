@@ -109,6 +109,8 @@ def export(
             raise unknown("way to quantize", quantize, WAYS)
         if WAYS[quantize].needs_data and data is None:
             raise OptionError(f"--quantize {quantize} looks at text: give --data FILE")
+    elif data is not None:
+        raise OptionError("--data is what --quantize gptq, awq and autoround look at")
     place(out, folder=True)
     if push_to_hub:
         uploads(form)
